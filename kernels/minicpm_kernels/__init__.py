@@ -1,0 +1,1 @@
+"""Triton kernels for MiniCPM shapes, each beside its plain-torch reference."""

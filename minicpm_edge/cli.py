@@ -1,0 +1,96 @@
+"""The ``minicpm-edge`` command: finds each part's commands by entry point and runs one.
+
+A part registers a :class:`Command` under the entry-point group ``minicpm_edge.commands``. Their modules import
+nothing heavy, so ``--help`` loads neither torch nor llama_cpp.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points, version
+
+from minicpm_edge.errors import UserError
+
+GROUP = "minicpm_edge.commands"
+ORDER = ("quickstart", "tokenizer", "data", "train", "decay", "eval", "export", "serve", "chat", "runs", "doctor")
+EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One subcommand: its one-line help, its arguments, and what it does (returning an exit code or None)."""
+
+    help: str
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int | None]
+
+
+def _find_commands() -> dict[str, EntryPoint]:
+    found = {entry.name: entry for entry in entry_points(group=GROUP)}
+    rank = {name: position for position, name in enumerate(ORDER)}
+    return dict(sorted(found.items(), key=lambda item: (rank.get(item[0], len(rank)), item[0])))
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line, as argparse sees it (also the source of docs/cli.md)."""
+    parser = argparse.ArgumentParser(
+        prog="minicpm-edge",
+        description="From text to a small language model that answers on your own laptop or phone.",
+    )
+    parser.add_argument("--version", action="version", version=f"minicpm-edge {version('minicpm-edge')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, entry in _find_commands().items():
+        command: Command = entry.load()
+        subparser = subparsers.add_parser(name, help=command.help, description=command.help)
+        subparser.add_argument("--debug", action="store_true", help="show a traceback instead of one line")
+        command.add_arguments(subparser)
+        subparser.set_defaults(run_command=command.run)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0, 1 error, 2 usage, 130 interrupted)."""
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as stop:  # argparse exits on --help (0) and on wrong usage (2)
+        return stop.code if isinstance(stop.code, int) else 2
+    try:
+        return arguments.run_command(arguments) or 0
+    except UserError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # `minicpm-edge … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except MemoryError:
+        print("error: out of memory; a smaller model, batch or context needs less", file=sys.stderr)
+        return EXIT_ERROR
+    except ImportError as error:
+        if arguments.debug:
+            raise
+        print(f"error: {_missing_package(error)}", file=sys.stderr)
+        return EXIT_ERROR
+    except OSError as error:  # a full disk, a folder that cannot be written: not a bug of ours
+        if arguments.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+
+
+def _missing_package(error: ImportError) -> str:
+    name = (error.name or str(error)).split(".")[0]
+    return f"the package {name!r} is needed here: pip install 'minicpm-edge[all]'"
+
+
+def entry() -> None:
+    """Console-script entry."""
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Local server, chat page and terminal chat."""

@@ -1,0 +1,1 @@
+"""Data, schedule, trainer."""
