@@ -16,7 +16,19 @@ from importlib.metadata import EntryPoint, entry_points, version
 from minicpm_edge.errors import UserError
 
 GROUP = "minicpm_edge.commands"
-ORDER = ("quickstart", "tokenizer", "data", "train", "decay", "eval", "export", "serve", "chat", "runs", "doctor")
+ORDER = (
+    "quickstart",
+    "tokenizer",
+    "data",
+    "train",
+    "decay",
+    "eval",
+    "export",
+    "serve",
+    "chat",
+    "runs",
+    "doctor",
+)
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 
 
