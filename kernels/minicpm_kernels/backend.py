@@ -1,0 +1,75 @@
+"""Which implementation of an op runs: the Triton kernels or plain torch, and why.
+
+The rule: Triton where the tensor is on a CUDA device that it can serve, plain torch everywhere else. The
+environment variable ``MINICPM_KERNELS`` (``triton`` or ``reference``) overrules it, which is how a user
+rules a kernel out as the cause of a problem, and how the tests run the kernels on a CPU in Triton's
+interpreter.
+"""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import torch
+
+OVERRIDE_VARIABLE = "MINICPM_KERNELS"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend:
+    """The implementation chosen for one op, with the reason in words for ``minicpm-edge doctor``."""
+
+    name: Literal["triton", "reference"]
+    reason: str
+
+
+def choose_backend(tensor: "torch.Tensor", op: str) -> Backend:
+    """Choose the implementation of ``op`` for ``tensor``; cheap enough for every call, and traceable.
+
+    Raises ``ValueError`` when ``MINICPM_KERNELS`` is neither unset, ``triton`` nor ``reference``, and
+    ``RuntimeError`` when it asks for Triton where Triton cannot run.
+    """
+    return choose_backend_for_device(tensor.device.type, op)
+
+
+def choose_backend_for_device(device_type: str, op: str) -> Backend:
+    """The same choice from a device type alone (``"cuda"``, ``"cpu"``, ...), for reports."""
+    override = os.environ.get(OVERRIDE_VARIABLE, "")
+    if override == "reference":
+        return Backend(name="reference", reason=f"{op}: {OVERRIDE_VARIABLE}=reference asks for plain torch")
+    obstacle = _obstacle_to_triton(device_type)
+    if override == "triton":
+        if obstacle:
+            raise RuntimeError(f"{op}: {OVERRIDE_VARIABLE}=triton, but {obstacle}; unset {OVERRIDE_VARIABLE}")
+        return Backend(name="triton", reason=f"{op}: {OVERRIDE_VARIABLE}=triton asks for the Triton kernel")
+    if override:
+        raise ValueError(f"{OVERRIDE_VARIABLE}={override!r} is not a backend; use triton or reference")
+    if obstacle:
+        return Backend(name="reference", reason=f"{op}: plain torch, because {obstacle}")
+    if device_type != "cuda":
+        # Only reachable in the interpreter, which is for tests: it is thousands of times slower than plain
+        # torch.
+        return Backend(name="reference", reason=f"{op}: plain torch, because the tensor is on {device_type}")
+    return Backend(name="triton", reason=f"{op}: Triton kernel on {device_type}")
+
+
+def triton_importable() -> bool:
+    """Whether Triton is installed, without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreter_enabled() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (set before Triton is imported, or not at all)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def _obstacle_to_triton(device_type: str) -> str:
+    """Why Triton cannot run on this device, as a clause; empty when it can."""
+    # The device is asked first: on a CPU, the common case outside training, no import machinery is touched.
+    if device_type != "cuda" and not interpreter_enabled():
+        return f"the tensor is on {device_type}, not on a CUDA device"
+    if not triton_importable():
+        return "Triton is not installed"
+    return ""
