@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from minicpm_kernels import attention, attention_decode, choose_backend, rope
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from minicpm_edge.config import ModelConfig
 

@@ -90,7 +90,7 @@ class ModelConfig:
                 raise UserError(
                     f"model config: {name} is {value!r}; it must be a whole number from 1 to 2^24"
                 )
-        for name in "rope_theta rms_norm_eps scale_emb scale_depth dim_model_base".split():
+        for name in ["rope_theta", "rms_norm_eps", "scale_emb", "scale_depth", "dim_model_base"]:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise UserError(f"model config: {name} is {value!r}; it must be a positive number")

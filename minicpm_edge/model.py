@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from minicpm_kernels import linear_cross_entropy, rms_norm, rms_norm_residual, rope_tables
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from minicpm_edge.attention import Attention, Context, KVCache
 from minicpm_edge.config import ModelConfig
