@@ -1,0 +1,1 @@
+"""``minicpm-edge quickstart``: the whole way, on text that every machine has."""
