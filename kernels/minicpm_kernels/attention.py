@@ -1,0 +1,223 @@
+"""Causal attention over packed documents: the public function, its custom ops and its gradient.
+
+Legend: N tokens of all documents in one row, H query heads, K key heads (each serves H/K query heads), D
+head dim.
+
+The ops are opaque to ``torch.compile`` (whole graphs stay whole around them), to activation checkpointing
+(a policy can name ``torch.ops.minicpm_kernels.attention.default``) and to FSDP2. Inside, the backend is
+chosen:
+
+- CUDA with Triton: the kernels of attention_triton_fwd.py and attention_triton_bwd.py;
+- CPU: torch's own CPU flash attention, one call for each run of documents of equal length;
+- elsewhere, and wherever ``MINICPM_KERNELS=reference``: plain torch in float32, which holds all scores.
+"""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minicpm_kernels.attention_reference import (
+    attention_cpu_backward,
+    attention_cpu_forward,
+    attention_reference,
+)
+
+
+def attention(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+    deterministic: bool = False,
+) -> Tensor:
+    """Attend causally within each document; returns (N, H, D) in the type of ``q_NHD``.
+
+    Args:
+        q_NHD, k_NKD, v_NKD: float32, bfloat16 or float16, all of one type; any strides.
+        cu_seqlens: int32 (number of documents + 1,): document i holds tokens ``cu_seqlens[i]`` up to
+            ``cu_seqlens[i + 1]``. Starts with 0, ends with N, never falls; equal neighbours are an empty
+            document.
+        max_seqlen: length of the longest document or any bound on it. It guides the order of work only.
+        scale: factor on the scores, positive; by default 1/sqrt(D). window: the number of latest keys, its
+        own included, that a query sees; all of its document by default. deterministic: make the gradients
+        bit-equal from call to call (the output always is).
+
+    Raises ``ValueError`` on shapes, types or options that do not fit, naming the argument.
+    """
+    out_NHD, _ = attention_with_lse(
+        q_NHD,
+        k_NKD,
+        v_NKD,
+        cu_seqlens,
+        max_seqlen=max_seqlen,
+        scale=scale,
+        window=window,
+        deterministic=deterministic,
+    )
+    return out_NHD
+
+
+def attention_with_lse(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    scale: float | None = None,
+    window: int | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Like ``attention``, and also the natural log of each softmax's denominator: float32 (H, N), no
+    gradient."""
+    _check_inputs(q_NHD, k_NKD, v_NKD, cu_seqlens)
+    if scale is None:
+        scale = q_NHD.shape[-1] ** -0.5
+    if not scale > 0:
+        raise ValueError(f"attention: scale={scale} must be positive")
+    if window is not None and window < 1:
+        raise ValueError(f"attention: window={window} must be at least 1, or None for the whole document")
+    if max_seqlen < 0:
+        raise ValueError(f"attention: max_seqlen={max_seqlen} must not be negative")
+    out_NHD, lse_HN = _attention_op(
+        q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen, float(scale), window, deterministic
+    )
+    return out_NHD, lse_HN.detach()
+
+
+def _check_inputs(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor) -> None:
+    named = (("q", q_NHD), ("k", k_NKD), ("v", v_NKD))
+    for name, x in named:
+        if x.dim() != 3:
+            raise ValueError(f"attention: {name} has {x.dim()} dimensions; give (tokens, heads, head dim)")
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != q_NHD.dtype:
+            types = ", ".join(f"{n} {t.dtype}" for n, t in named)
+            raise ValueError(f"attention: {types}; give one of float32, bfloat16, float16 for all three")
+        if x.shape[0] != q_NHD.shape[0] or x.shape[2] != q_NHD.shape[2] or x.device != q_NHD.device:
+            raise ValueError(
+                f"attention: {name} {tuple(x.shape)} on {x.device} does not fit q {tuple(q_NHD.shape)} on "
+                f"{q_NHD.device}; tokens, head dim and device must agree"
+            )
+    heads, kv_heads = q_NHD.shape[1], k_NKD.shape[1]
+    if v_NKD.shape[1] != kv_heads or kv_heads == 0 or heads % kv_heads:
+        raise ValueError(
+            f"attention: {heads} query, {kv_heads} key and {v_NKD.shape[1]} value heads; keys and values need "
+            "the same number, which divides that of the queries"
+        )
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+        raise ValueError(
+            f"attention: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
+            "give int32 (number of documents + 1,)"
+        )
+    if cu_seqlens.device != q_NHD.device:
+        raise ValueError(f"attention: cu_seqlens is on {cu_seqlens.device}, q on {q_NHD.device}")
+
+
+def _check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
+    """Check the values of ``cu_seqlens``: only where that costs no wait for a device."""
+    bounds = cu_seqlens.tolist()
+    if (
+        bounds[0] != 0
+        or bounds[-1] != num_tokens
+        or any(end < start for start, end in itertools.pairwise(bounds))
+    ):
+        raise ValueError(
+            f"attention: cu_seqlens must start with 0, never fall and end with the number of tokens, {num_tokens}; "
+            f"it goes from {bounds[0]} to {bounds[-1]}"
+        )
+
+
+@torch.library.custom_op("minicpm_kernels::attention", mutates_args=())
+def _attention_op(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    if q_NHD.device.type == "cpu":
+        _check_bounds(cu_seqlens, q_NHD.shape[0])
+        return attention_cpu_forward(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
+    out_NHD, lse_HN = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
+    return out_NHD.to(q_NHD.dtype), lse_HN
+
+
+@_attention_op.register_fake
+def _(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor]:
+    num_tokens, heads, _ = q_NHD.shape
+    return q_NHD.new_empty(q_NHD.shape), q_NHD.new_empty((heads, num_tokens), dtype=torch.float32)
+
+
+@torch.library.custom_op("minicpm_kernels::attention_backward", mutates_args=())
+def _attention_backward_op(
+    d_out_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    out_NHD: Tensor,
+    lse_HN: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q_NHD.device.type == "cpu":
+        return attention_cpu_backward(
+            d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens, scale=scale, window=window
+        )
+    with torch.enable_grad():
+        q_NHD, k_NKD, v_NKD = (x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD))
+        out_NHD, _ = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
+        d_q_NHD, d_k_NKD, d_v_NKD = torch.autograd.grad(
+            out_NHD, (q_NHD, k_NKD, v_NKD), d_out_NHD.to(out_NHD.dtype)
+        )
+    return d_q_NHD, d_k_NKD, d_v_NKD
+
+
+@_attention_backward_op.register_fake
+def _(
+    d_out_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    out_NHD: Tensor,
+    lse_HN: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    scale: float,
+    window: int | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q_NHD.new_empty(q_NHD.shape), k_NKD.new_empty(k_NKD.shape), v_NKD.new_empty(v_NKD.shape)
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q_NHD, k_NKD, v_NKD, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q_NHD, k_NKD, v_NKD, *output, cu_seqlens)
+
+
+def _backward(ctx: Any, d_out_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = _attention_backward_op(d_out_NHD, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, None, None, None, None, None)
+
+
+_attention_op.register_autograd(_backward, setup_context=_save_for_backward)

@@ -1,0 +1,134 @@
+"""Causal attention over packed documents in plain torch: the float32 reference, and the fast path for CPUs.
+
+Legend: N tokens of all documents in one row, H query heads, K key heads, D head dim, L tokens of a document,
+C documents of equal length that are computed together.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def attention_reference(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attend in float32 (float64 for float64 inputs), one document after another; differentiable by autograd.
+
+    Returns the output (N, H, D) in that precision and the natural log of the softmax's denominator (H, N).
+    Holds every score of a document at once, so it is for checking and for devices without a faster path.
+    """
+    precise = torch.promote_types(q_NHD.dtype, torch.float32)
+    group = q_NHD.shape[1] // k_NKD.shape[1]
+    outputs, lses = [], []
+    for start, end in _documents(cu_seqlens):
+        q_HLD = q_NHD[start:end].to(precise).transpose(0, 1)
+        k_HLD, v_HLD = (
+            x_NKD[start:end].to(precise).transpose(0, 1).repeat_interleave(group, 0)
+            for x_NKD in (k_NKD, v_NKD)
+        )
+        scores_HLL = scale * (q_HLD @ k_HLD.transpose(1, 2))
+        scores_HLL = scores_HLL.masked_fill(~_visible(end - start, window, q_NHD.device), -torch.inf)
+        outputs.append((scores_HLL.softmax(-1) @ v_HLD).transpose(0, 1))
+        lses.append(scores_HLL.logsumexp(-1))
+    if not outputs:
+        return q_NHD.to(precise), q_NHD.new_empty((q_NHD.shape[1], 0), dtype=precise)
+    return torch.cat(outputs), torch.cat(lses, 1)
+
+
+def attention_cpu_forward(
+    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
+) -> tuple[Tensor, Tensor]:
+    """Attend with torch's own CPU flash attention, one call for each run of documents of equal length.
+
+    Returns the output (N, H, D) in the inputs' type and the log-sum-exp (H, N) in float32.
+    """
+    out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype)
+    lse_HN = torch.empty((q_NHD.shape[1], q_NHD.shape[0]), dtype=_lse_dtype(q_NHD))
+    for start, length, count in _equal_runs(cu_seqlens):
+        q_CHLD, k_CKLD, v_CKLD = (_batch(x, start, length, count) for x in (q_NHD, k_NKD, v_NKD))
+        mask = _additive_mask(length, window, q_NHD.dtype)
+        # The op behind scaled_dot_product_attention: called directly, because only it returns the log-sum-
+        # exp, with which backward need not repeat the forward pass.
+        o_CHLD, lse_CHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_CHLD, k_CKLD, v_CKLD, 0.0, mask is None, attn_mask=mask, scale=scale
+        )
+        _batch(out_NHD, start, length, count).copy_(o_CHLD)
+        lse_HN[:, start : start + length * count].unflatten(1, (count, length)).copy_(lse_CHL.transpose(0, 1))
+    return out_NHD, lse_HN
+
+
+def attention_cpu_backward(
+    d_out_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    out_NHD: Tensor,
+    lse_HN: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``attention_cpu_forward`` with respect to q, k and v."""
+    d_q_NHD, d_k_NKD, d_v_NKD = (torch.empty(x.shape, dtype=x.dtype) for x in (q_NHD, k_NKD, v_NKD))
+    for start, length, count in _equal_runs(cu_seqlens):
+        d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD = (
+            _batch(x, start, length, count) for x in (d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD)
+        )
+        lse_HCL = lse_HN[:, start : start + length * count].unflatten(1, (count, length))
+        mask = _additive_mask(length, window, q_NHD.dtype)
+        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD, lse_HCL.transpose(0, 1), 0.0, mask is None,
+            attn_mask=mask, scale=scale,
+        )  # fmt: skip
+        for target, gradient in zip((d_q_NHD, d_k_NKD, d_v_NKD), gradients, strict=True):
+            _batch(target, start, length, count).copy_(gradient)
+    return d_q_NHD, d_k_NKD, d_v_NKD
+
+
+def _lse_dtype(q_NHD: Tensor) -> torch.dtype:
+    return torch.promote_types(q_NHD.dtype, torch.float32)
+
+
+def _documents(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
+    """Start and end of every document that has tokens."""
+    bounds: Sequence[int] = cu_seqlens.tolist()
+    for start, end in itertools.pairwise(bounds):
+        if end > start:
+            yield start, end
+
+
+def _equal_runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
+    """Runs of neighbouring documents of one length, as (start, length, count)."""
+    run_start = run_length = count = 0
+    for start, end in _documents(cu_seqlens):
+        if end - start == run_length:
+            count += 1
+            continue
+        if count:
+            yield run_start, run_length, count
+        run_start, run_length, count = start, end - start, 1
+    if count:
+        yield run_start, run_length, count
+
+
+def _batch(x_NHD: Tensor, start: int, length: int, count: int) -> Tensor:
+    """View ``count`` neighbouring documents as a batch: (C, H, L, D)."""
+    return x_NHD[start : start + length * count].unflatten(0, (count, length)).transpose(1, 2)
+
+
+def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
+    """(L, L) booleans: the keys that each query of a document sees."""
+    visible_LL = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    return visible_LL if window is None else visible_LL.triu(1 - window)
+
+
+def _additive_mask(length: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    """The mask that torch's CPU op adds to the scores; None where its own causal mask is all that is
+    needed."""
+    if window is None or window >= length:
+        return None
+    hidden = ~_visible(length, window, torch.device("cpu"))
+    return torch.zeros(length, length, dtype=dtype).masked_fill_(hidden, -torch.inf)
