@@ -55,7 +55,7 @@ def attention_cpu_forward(
             q_CHLD, k_CKLD, v_CKLD, 0.0, mask is None, attn_mask=mask, scale=scale
         )
         _batch(out_NHD, start, length, count).copy_(o_CHLD)
-        lse_HN[:, start : start + length * count].unflatten(1, (count, length)).copy_(lse_CHL.transpose(0, 1))
+        _batch_lse(lse_HN, start, length, count).copy_(lse_CHL)
     return out_NHD, lse_HN
 
 
@@ -77,10 +77,10 @@ def attention_cpu_backward(
         d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD = (
             _batch(x, start, length, count) for x in (d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD)
         )
-        lse_HCL = lse_HN[:, start : start + length * count].unflatten(1, (count, length))
+        lse_CHL = _batch_lse(lse_HN, start, length, count)
         mask = _additive_mask(length, window, q_NHD.dtype)
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD, lse_HCL.transpose(0, 1), 0.0, mask is None,
+            d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD, lse_CHL, 0.0, mask is None,
             attn_mask=mask, scale=scale,
         )  # fmt: skip
         for target, gradient in zip((d_q_NHD, d_k_NKD, d_v_NKD), gradients, strict=True):
@@ -116,7 +116,12 @@ def _equal_runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
 
 def _batch(x_NHD: Tensor, start: int, length: int, count: int) -> Tensor:
     """View ``count`` neighbouring documents as a batch: (C, H, L, D)."""
-    return x_NHD[start : start + length * count].unflatten(0, (count, length)).transpose(1, 2)
+    return x_NHD[start : start + length * count].view(count, length, *x_NHD.shape[1:]).transpose(1, 2)
+
+
+def _batch_lse(lse_HN: Tensor, start: int, length: int, count: int) -> Tensor:
+    """View their log-sum-exps as a batch: (C, H, L)."""
+    return lse_HN[:, start : start + length * count].view(-1, count, length).transpose(0, 1)
 
 
 def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
