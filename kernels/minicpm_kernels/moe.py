@@ -1,0 +1,186 @@
+"""Mixture of experts: a router with its losses, and a layer of SwiGLU experts.
+
+Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minicpm_kernels import moe_reference
+
+
+class MoeRouting(NamedTuple):
+    """Which experts see each token, by what weight, and the two losses that keep the router healthy."""
+
+    weights_NK: Tensor  # float32, each row sums to 1, largest first; differentiable
+    experts_NK: Tensor  # int32
+    load_balance_loss: Tensor  # 0-d; 1 when the experts share tokens and probability evenly
+    z_loss: Tensor  # 0-d
+
+
+class MoeOutput(NamedTuple):
+    """The output of a whole mixture-of-experts layer."""
+
+    out_ND: Tensor
+    load_balance_loss: Tensor  # 0-d, unscaled
+    z_loss: Tensor  # 0-d, unscaled
+
+
+def moe_layer(
+    x_ND: Tensor,
+    router_weight_ED: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    num_experts_per_tok: int,
+) -> MoeOutput:
+    """A whole layer: router and experts. The caller scales the losses (MiniCPM: load balance by 0.01)."""
+    # In float32 whatever the model's type: a rounded logit can change which experts are chosen.
+    logits_NE = F.linear(x_ND.float(), router_weight_ED.float())
+    routing = moe_router(logits_NE, num_experts_per_tok)
+    out_ND = moe_experts(x_ND, routing.weights_NK, routing.experts_NK, gate_up_E2FD, down_EDF)
+    return MoeOutput(out_ND, routing.load_balance_loss, routing.z_loss)
+
+
+def moe_router(logits_NE: Tensor, num_experts_per_tok: int) -> MoeRouting:
+    """Softmax over the experts, the best ``num_experts_per_tok`` of them, their weights renormalised to sum to 1.
+
+    A tie goes to the lower expert. The load-balance loss is E · Σ_e f_e · P_e, with f_e the fraction of all choices
+    that fell on expert e and P_e its mean probability (Switch Transformer, arXiv 2101.03961, equation 4); gradients
+    flow through P. The z-loss is the mean of logsumexp(logits)² (ST-MoE, arXiv 2202.08906, equation 5).
+
+    Raises ``TypeError`` unless the logits are float32 (or float64), ``ValueError`` for a shape that cannot be.
+    """
+    _check_router(logits_NE, num_experts_per_tok)
+    return MoeRouting(*moe_reference.moe_router_reference(logits_NE, num_experts_per_tok))
+
+
+def moe_experts(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> Tensor:
+    """out_ND = Σ_k weights[:, k] · down[e] (silu(gate[e] x) · (up[e] x)), where e = experts[:, k].
+
+    ``gate_up`` holds the rows of gate, then those of up. Any number of tokens may choose an expert, none included.
+    Differentiable in all but ``experts_NK``, whose ids must lie in [0, E). Sums are in float32.
+
+    Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
+    """
+    _check_experts(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
+    out_ND: Tensor = _experts_reference(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)[0]
+    return out_ND
+
+
+# How many tokens an expert gets is data, so the loop over experts would break a compiled graph: it is an op of its own.
+@torch.library.custom_op("minicpm_kernels::moe_experts_reference", mutates_args=())
+def _experts_reference(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor]:
+    return moe_reference.moe_experts_forward(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
+
+
+@_experts_reference.register_fake
+def _(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor]:
+    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(weights_NK.numel(), gate_up_E2FD.shape[1])
+
+
+@torch.library.custom_op("minicpm_kernels::moe_experts_reference_backward", mutates_args=())
+def _experts_reference_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    hidden_S2F: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return moe_reference.moe_experts_backward(
+        grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F
+    )
+
+
+@_experts_reference_backward.register_fake
+def _(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    hidden_S2F: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # A compiled graph trusts these strides: contiguous, whatever those of the inputs.
+    return (
+        x_ND.new_empty(x_ND.shape),
+        weights_NK.new_empty(weights_NK.shape),
+        gate_up_E2FD.new_empty(gate_up_E2FD.shape),
+        down_EDF.new_empty(down_EDF.shape),
+    )
+
+
+def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _reference_backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F = ctx.saved_tensors
+    dx_ND, dweights_NK, dgate_up_E2FD, ddown_EDF = _experts_reference_backward(
+        grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F
+    )
+    return dx_ND, dweights_NK, None, dgate_up_E2FD, ddown_EDF
+
+
+_experts_reference.register_autograd(_reference_backward, setup_context=_save_for_backward)
+
+
+def _check_router(logits_NE: Tensor, num_experts_per_tok: int) -> None:
+    if logits_NE.dim() != 2:
+        raise ValueError(f"moe_router: logits must have shape (N, E), not {tuple(logits_NE.shape)}")
+    if logits_NE.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"moe_router: logits must be float32, not {logits_NE.dtype}; a narrower type misroutes"
+        )
+    if not 1 <= num_experts_per_tok <= logits_NE.shape[1]:
+        raise ValueError(
+            f"moe_router: num_experts_per_tok must lie in 1 to {logits_NE.shape[1]} (the experts there are), "
+            f"not {num_experts_per_tok}"
+        )
+
+
+def _check_experts(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> None:
+    if x_ND.dim() != 2 or weights_NK.dim() != 2 or down_EDF.dim() != 3:
+        raise ValueError(
+            "moe_experts: x must have shape (N, D), weights (N, K) and down (E, D, F), "
+            f"not {tuple(x_ND.shape)}, {tuple(weights_NK.shape)} and {tuple(down_EDF.shape)}"
+        )
+    num_tokens, width = x_ND.shape
+    num_experts, _, hidden = down_EDF.shape
+    expected = {
+        "weights": (weights_NK, (num_tokens, weights_NK.shape[1])),
+        "experts": (experts_NK, tuple(weights_NK.shape)),
+        "gate_up": (gate_up_E2FD, (num_experts, 2 * hidden, width)),
+        "down": (down_EDF, (num_experts, width, hidden)),
+    }
+    for name, (tensor, shape) in expected.items():
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"moe_experts: {name} must have shape {shape} here, not {tuple(tensor.shape)}")
+        if tensor.device != x_ND.device:
+            raise ValueError(f"moe_experts: {name} is on {tensor.device}, but x on {x_ND.device}")
+    if experts_NK.dtype != torch.int32:
+        raise TypeError(f"moe_experts: experts must be int32, not {experts_NK.dtype}")
+    if not (x_ND.dtype == gate_up_E2FD.dtype == down_EDF.dtype):
+        raise TypeError(
+            "moe_experts: x, gate_up and down must share one type, "
+            f"not {x_ND.dtype}, {gate_up_E2FD.dtype} and {down_EDF.dtype}"
+        )
+    if weights_NK.dtype != torch.promote_types(x_ND.dtype, torch.float32):
+        raise TypeError(
+            f"moe_experts: weights must be float32 beside a {x_ND.dtype} x, not {weights_NK.dtype}"
+        )

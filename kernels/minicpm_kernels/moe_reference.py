@@ -1,0 +1,117 @@
+"""The mixture-of-experts ops in plain torch: what the kernels must compute, and the path of every CPU.
+
+Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K sorted rows (one
+for each pair of a token and one of its experts, grouped by expert).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def moe_router_reference(
+    logits_NE: Tensor, num_experts_per_tok: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Choose experts: (weights_NK, experts_NK int32, load-balance loss, z-loss). See :func:`moe.moe_router`."""
+    num_tokens, num_experts = logits_NE.shape
+    # A stable sort, unlike topk, promises that the lower expert wins a tie, on every device.
+    order_NE = logits_NE.detach().sort(dim=-1, descending=True, stable=True).indices
+    experts_NK = order_NE[:, :num_experts_per_tok].int()
+    chosen_NKE = experts_NK[..., None] == torch.arange(num_experts, device=logits_NE.device)
+    # The softmax over the chosen logits is the softmax over all of them, renormalised. They are picked by a mask,
+    # because the scatter in the backward of sort or gather is misplaced by inductor's CPU code (torch 2.13): it adds
+    # up the gradients of the logits before it has scattered into them.
+    weights_NK = torch.where(chosen_NKE, logits_NE[:, None, :], 0).sum(-1).softmax(-1)
+
+    num_rows = max(num_tokens, 1)  # no token at all: both losses are 0, not NaN
+    fraction_E = chosen_NKE.sum((0, 1)).to(logits_NE.dtype) / (num_rows * num_experts_per_tok)
+    probability_E = logits_NE.softmax(-1).sum(0) / num_rows
+    load_balance_loss = num_experts * (fraction_E * probability_E).sum()
+    z_loss = logits_NE.logsumexp(-1).square().sum() / num_rows
+    return weights_NK, experts_NK, load_balance_loss, z_loss
+
+
+def moe_experts_forward(
+    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+) -> tuple[Tensor, Tensor]:
+    """out_ND, and hidden_S2F: what the first matmul gave, which is all that the backward keeps."""
+    groups = _Groups.of(experts_NK, gate_up_E2FD.shape[0])
+    x_SD = x_ND.index_select(0, groups.token_S)
+    hidden_S2F = x_ND.new_empty(len(x_SD), gate_up_E2FD.shape[1])
+    y_SD = torch.empty_like(x_SD)
+    for expert, rows in groups:
+        hidden_S2F[rows] = F.linear(x_SD[rows], gate_up_E2FD[expert])
+        gate, up = hidden_S2F[rows].chunk(2, dim=-1)
+        y_SD[rows] = F.linear(F.silu(gate) * up, down_EDF[expert])
+    y_NKD = y_SD.index_select(0, groups.slot_S).view(*weights_NK.shape, x_ND.shape[1])
+    return (y_NKD * weights_NK[..., None]).sum(1).to(x_ND.dtype), hidden_S2F
+
+
+def moe_experts_backward(
+    grad_ND: Tensor,
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    hidden_S2F: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x_ND, weights_NK, gate_up_E2FD and down_EDF, from that of out_ND."""
+    groups = _Groups.of(experts_NK, gate_up_E2FD.shape[0])
+    dtype = x_ND.dtype
+    wide = torch.promote_types(dtype, torch.float32)
+    weight_S1 = weights_NK.reshape(-1, 1)[groups.order_S]
+    x_SD, grad_SD = x_ND.index_select(0, groups.token_S), grad_ND.index_select(0, groups.token_S)
+    dx_SD, dweight_S = torch.empty_like(x_SD), weights_NK.new_empty(weights_NK.numel())
+    dgate_up_E2FD = gate_up_E2FD.new_zeros(gate_up_E2FD.shape)
+    ddown_EDF = down_EDF.new_zeros(down_EDF.shape)
+    for expert, rows in groups:
+        gate, up = hidden_S2F[rows].to(wide).chunk(2, dim=-1)
+        sigmoid = gate.sigmoid()
+        activation = gate * sigmoid * up
+        # The gradient of the activation before the router's weight: its product with the activation is the weight's
+        # own gradient, so the expert's output is never computed again.
+        unweighted = (grad_SD[rows] @ down_EDF[expert]).to(wide)
+        dweight_S[rows] = (unweighted * activation).sum(-1).to(weights_NK.dtype)
+        dactivation = unweighted * weight_S1[rows]
+        dgate = dactivation * up * sigmoid * (1 + gate * (1 - sigmoid))
+        dhidden = torch.cat((dgate, dactivation * gate * sigmoid), dim=-1).to(dtype)
+        ddown_EDF[expert] = grad_SD[rows].T @ (activation * weight_S1[rows]).to(dtype)
+        dgate_up_E2FD[expert] = dhidden.T @ x_SD[rows]
+        dx_SD[rows] = dhidden @ gate_up_E2FD[expert]
+    dx_ND = (
+        dx_SD.index_select(0, groups.slot_S).view(*weights_NK.shape, x_ND.shape[1]).to(wide).sum(1).to(dtype)
+    )
+    return dx_ND, dweight_S.index_select(0, groups.slot_S).view_as(weights_NK), dgate_up_E2FD, ddown_EDF
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Groups:
+    """The pairs of token and expert, sorted by expert and, within one, in the order of the tokens."""
+
+    order_S: Tensor  # pair n·K + k that stands at each sorted row
+    slot_S: Tensor  # its inverse: the sorted row of each pair
+    token_S: Tensor  # token of each sorted row
+    counts: list[int]  # rows of each expert
+
+    @classmethod
+    def of(cls, experts_NK: Tensor, num_experts: int) -> "_Groups":
+        pairs_S = experts_NK.reshape(-1)
+        order_S = pairs_S.argsort(stable=True)
+        return cls(
+            order_S=order_S,
+            slot_S=order_S.argsort(),
+            token_S=order_S // experts_NK.shape[1],
+            counts=torch.bincount(pairs_S, minlength=num_experts).tolist(),
+        )
+
+    def __iter__(self) -> Iterator[tuple[int, slice]]:
+        """Each expert that has rows, with them."""
+        start = 0
+        for expert, count in enumerate(self.counts):
+            if count:
+                yield expert, slice(start, start + count)
+            start += count
