@@ -1,0 +1,140 @@
+"""``minicpm-edge export``: a trained model in the form that another runtime reads, with proof that it is the model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from minicpm_edge.cli import Command
+from minicpm_edge.errors import UserError
+from minicpm_edge.locate import Located, locate
+from minicpm_edge.progress import Progress
+
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
+ONNX_TYPES = ("F32", "INT8")
+# form → the types it comes in, the default first; HF keeps the weights as they are
+QUANTS: Mapping[str, tuple[str, ...]] = {
+    "gguf": ("Q4_K_M", *GGUF_TYPES),
+    "onnx": ("", *ONNX_TYPES),
+    "hf": ("",),
+}
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a run, a checkpoint or a Hugging Face folder (default: the newest run under ./runs)",
+    )
+    form = parser.add_mutually_exclusive_group(required=True)
+    form.add_argument(
+        "--gguf", dest="form", action="store_const", const="gguf", help="one file for llama.cpp"
+    )
+    form.add_argument(
+        "--onnx",
+        dest="form",
+        action="store_const",
+        const="onnx",
+        help="a folder for ONNX Runtime and the web",
+    )
+    form.add_argument(
+        "--hf", dest="form", action="store_const", const="hf", help="a folder in the published names"
+    )
+    parser.add_argument(
+        "--quant",
+        type=str.upper,
+        metavar="TYPE",
+        default=None,
+        help=f"GGUF: {', '.join(GGUF_TYPES)} (default Q4_K_M); ONNX: {', '.join(ONNX_TYPES)} (default both)",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="PATH", help="file or folder to write (default: in the run's exports/)"
+    )
+    parser.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="held-out text for the certificate (default: the run's validation set, or a text in the package)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace what is not an export of this command")
+    parser.add_argument("--json", action="store_true", help="print path and certificate as JSON")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    quant = _quant(arguments.form, arguments.quant)
+    found = locate(arguments.model)
+    if found.kind != "hf":
+        raise UserError(
+            f"{found.path} is {found.kind.upper()} already: export from the run or checkpoint it was made from"
+        )
+    return _export(found, arguments, quant)
+
+
+def _quant(form: str, asked: str | None) -> str:
+    known = QUANTS[form]
+    if asked is None:
+        return known[0]
+    if asked not in known:
+        choice = ", ".join(dict.fromkeys(name for name in known if name))
+        remedy = (
+            f"--{form} comes in {choice}"
+            if choice
+            else "--hf keeps the weights as they are; leave --quant out"
+        )
+        raise UserError(f"--quant {asked} is not known here; {remedy}")
+    return asked
+
+
+def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
+    from minicpm_export.certificate import Certificate, table
+    from minicpm_export.destination import check_file, check_folder, folder_path, gguf_path
+    from minicpm_export.request import Request
+
+    with Progress() as progress:
+
+        def show(certificate: Certificate) -> None:
+            if not arguments.json:
+                progress.finish("")
+                print(f"{certificate.file}\n{table(certificate)}\n")
+
+        request = Request(
+            folder=found.path,
+            name=found.name,
+            run=found.run,
+            text=arguments.text,
+            report=progress.update,
+            show=show,
+        )
+        if arguments.form == "gguf":
+            from minicpm_export.gguf_job import export_gguf
+
+            out = gguf_path(arguments.out, name=found.name, quant=quant, run=found.run)
+            check_file(out, force=arguments.force)
+            certificates = [export_gguf(request, out, quant)]
+        else:
+            out = folder_path(arguments.out, name=found.name, kind=arguments.form, run=found.run)
+            check_folder(out, force=arguments.force)
+            if arguments.form == "hf":
+                from minicpm_export.huggingface import export_huggingface
+
+                certificates = [export_huggingface(request, out)]
+            else:
+                from minicpm_export.onnx_job import export_onnx
+
+                certificates = export_onnx(request, out, (quant,) if quant else ONNX_TYPES)
+        progress.finish()
+    if arguments.json:
+        print(json.dumps({"path": str(out), "certificates": [made.to_dict() for made in certificates]}))
+    else:
+        print(f"wrote {out}")
+    return 0
+
+
+EXPORT = Command(
+    help="write a model as GGUF, ONNX or a Hugging Face folder, with a certificate that it is the model",
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,0 +1,139 @@
+"""llama.cpp, as this package uses it: quiet, for quantising a file and for reading one back as users will.
+
+Legend: T positions of one window, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import llama_cpp
+import numpy as np
+from numpy.typing import NDArray
+
+from minicpm_edge.errors import UserError
+
+ERROR_LEVEL, CONTINUED_LEVEL = 4, 5  # ggml_log_level
+F32_CACHE, NO_FLASH_ATTENTION = 0, 0  # ggml_type, llama_flash_attn_type
+
+
+@contextmanager
+def quiet_log() -> Iterator[list[str]]:
+    """Keep llama.cpp's log off the terminal; yields the error lines it wrote meanwhile."""
+    errors: list[str] = []
+    last_level = [0]
+
+    def collect(level: int, text: bytes, _: object) -> None:
+        last_level[0] = last_level[0] if level == CONTINUED_LEVEL else level
+        if last_level[0] == ERROR_LEVEL:
+            errors.append(text.decode("utf-8", "replace").strip())
+
+    callback = llama_cpp.llama_log_callback(collect)
+    previous, user_data = _log_callback()
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    try:
+        yield errors
+    finally:
+        llama_cpp.llama_log_set(previous, user_data)
+
+
+def _log_callback() -> tuple[Any, Any]:
+    callback, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p(0)
+    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(user_data))
+    return callback, user_data
+
+
+def num_threads() -> int:
+    """Threads for llama.cpp: as many as torch would use, so that OMP_NUM_THREADS holds for both."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+class LlamaRuntime:
+    """A GGUF in llama.cpp on the CPU: logits of every position, and its own tokenizer. A context manager.
+
+    Unless ``defaults`` is set, keys and values stay in F32: by default llama.cpp rounds them to F16, in the cache
+    and again inside its flash attention, and the logits of even an F32 file are then 0.01 off. What is measured is
+    the file, not the rounding of the cache.
+    """
+
+    name = f"llama.cpp (llama-cpp-python {llama_cpp.__version__})"
+
+    def __init__(self, path: Path, *, context_length: int, defaults: bool = False) -> None:
+        """Raises :class:`UserError` where llama.cpp refuses the file."""
+        self._model = self._context = None
+        with quiet_log() as errors:
+            llama_cpp.llama_backend_init()
+            model_params = llama_cpp.llama_model_default_params()
+            model_params.n_gpu_layers = 0
+            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+            if not self._model:
+                reason = "; ".join(errors) or "no reason given"
+                raise UserError(f"{path}: llama.cpp does not load it ({reason})")
+            params = llama_cpp.llama_context_default_params()
+            params.n_ctx = params.n_batch = context_length
+            params.n_ubatch = min(512, context_length)
+            if not defaults:
+                params.type_k = params.type_v = F32_CACHE
+                params.flash_attn_type = NO_FLASH_ATTENTION
+            params.no_perf = True
+            params.n_threads = params.n_threads_batch = num_threads()
+            self._context = llama_cpp.llama_init_from_model(self._model, params)
+        if not self._context:
+            self.close()
+            raise UserError(f"{path}: llama.cpp cannot run it ({'; '.join(errors) or 'no reason given'})")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
+
+    def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (T, V) of one text from its beginning."""
+        llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)
+        batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
+        try:
+            batch.n_tokens = len(ids)
+            for position, token in enumerate(ids):
+                batch.token[position], batch.pos[position] = token, position
+                batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
+                batch.logits[position] = True
+            with quiet_log() as errors:
+                status = llama_cpp.llama_decode(self._context, batch)
+        finally:
+            llama_cpp.llama_batch_free(batch)
+        if status != 0:
+            raise RuntimeError(f"llama_decode returned {status}: {'; '.join(errors)}")
+        pointer = llama_cpp.llama_get_logits(self._context)
+        shape = (len(ids), self.vocab_size)
+        return np.ctypeslib.as_array(pointer, shape=shape).astype(np.float32, copy=True)
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of a text, without a begin token, look-alikes of control tokens read as plain text."""
+        data = text.encode()
+        room = len(data) + 16
+        buffer = (llama_cpp.llama_token * room)()
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, room, False, False)
+        if count < 0:
+            raise RuntimeError(f"llama_tokenize asks for {-count} tokens for {len(data)} bytes")
+        return list(buffer[:count])
+
+    def close(self) -> None:
+        """Free the model; a second call does nothing."""
+        with quiet_log():
+            if self._context:
+                llama_cpp.llama_free(self._context)
+            if self._model:
+                llama_cpp.llama_model_free(self._model)
+        self._context = self._model = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
