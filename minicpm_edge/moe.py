@@ -6,7 +6,7 @@ Legend: N tokens, D model, E experts, F width of one expert.
 from __future__ import annotations
 
 import torch
-from minicpm_kernels import moe
+from minicpm_kernels import moe_layer
 from torch import Tensor, nn
 
 from minicpm_edge.config import ModelConfig

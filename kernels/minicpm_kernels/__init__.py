@@ -1,38 +1,37 @@
 """Triton kernels for the training step of MiniCPM shapes, each with its plain-torch reference.
 
-Every name below is an ordinary differentiable function of tensors. On a CUDA device with Triton installed
-it runs the kernel, elsewhere plain torch; ``choose_backend`` says which and why. This package imports
-nothing of ours.
+Every name below is an ordinary differentiable function of tensors. On a CUDA device with Triton installed it runs
+the kernel, elsewhere plain torch; ``choose_backend`` says which and why. This package imports nothing of ours, and
+Triton only when a kernel first runs.
 """
 
-import importlib
-from typing import Any
+# Imported here and not on first use: several ops bear their module's name, and only an import statement leaves the
+# function, whatever was imported first.
+from minicpm_kernels.attention import attention, attention_with_lse
+from minicpm_kernels.attention_decode import attention_decode
+from minicpm_kernels.backend import Backend, choose_backend
+from minicpm_kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
+from minicpm_kernels.moe import MoeOutput, MoeRouting, moe_experts, moe_layer, moe_router
+from minicpm_kernels.rms_norm import rms_norm, rms_norm_residual
+from minicpm_kernels.rope import rope, rope_tables
+from minicpm_kernels.swiglu import swiglu
 
-# Names are looked up on first use, so that importing the package imports neither torch nor Triton.
-_EXPORTS = {
-    "Backend": "backend",
-    "choose_backend": "backend",
-    "attention": "attention",
-    "attention_with_lse": "attention",
-    "attention_decode": "attention_decode",
-    "LinearCrossEntropy": "linear_cross_entropy",
-    "linear_cross_entropy": "linear_cross_entropy",
-    "MoeOutput": "moe",
-    "MoeRouting": "moe",
-    "moe_experts": "moe",
-    "moe_layer": "moe",
-    "moe_router": "moe",
-    "rms_norm": "rms_norm",
-    "rms_norm_residual": "rms_norm",
-    "rope": "rope",
-    "rope_tables": "rope",
-    "swiglu": "swiglu",
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _EXPORTS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_EXPORTS[name]}"), name)
-    globals()[name] = value
-    return value
+__all__ = [
+    "Backend",
+    "LinearCrossEntropy",
+    "MoeOutput",
+    "MoeRouting",
+    "attention",
+    "attention_decode",
+    "attention_with_lse",
+    "choose_backend",
+    "linear_cross_entropy",
+    "moe_experts",
+    "moe_layer",
+    "moe_router",
+    "rms_norm",
+    "rms_norm_residual",
+    "rope",
+    "rope_tables",
+    "swiglu",
+]

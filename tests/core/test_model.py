@@ -98,7 +98,7 @@ def test_a_cache_gives_the_logits_of_the_full_pass():
         pieces = [
             model(ids[:, start:end], cache=cache) for start, end in [(0, 11), (11, 12), (12, 20), (20, 30)]
         ]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, atol=5e-5, rtol=1e-5)
 
 
 def test_a_truncated_cache_goes_on_as_if_it_had_never_been_longer():
