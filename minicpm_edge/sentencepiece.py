@@ -1,4 +1,4 @@
-"""Reads a SentencePiece ``tokenizer.model`` and says the same as a `tokenizers` file, without the sentencepiece package.
+"""Reads a SentencePiece ``tokenizer.model`` and says the same as a `tokenizers` file; needs no sentencepiece package.
 
 The file is one protocol-buffer message (sentencepiece_model.proto of google/sentencepiece); the few fields that
 decide the ids are read here by hand.
