@@ -1,0 +1,252 @@
+"""Training a run from its recipe: the trunk, then the decay, each from where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch.optim import AdamW
+
+from minicpm_edge.atomic import write_text
+from minicpm_edge.config import ModelConfig
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM, count_parameters
+from minicpm_edge.progress import Progress
+from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training.callbacks import Every, Metrics, TensorBoard
+from minicpm_training.evaluation import Validation, open_validation
+from minicpm_training.feed import open_feed
+from minicpm_training.hardware import (
+    Precision,
+    choose_device,
+    choose_precision,
+    environment,
+    flops_per_token,
+    peak_flops,
+)
+from minicpm_training.objectives import pretraining
+from minicpm_training.optimizer import build_optimizer
+from minicpm_training.plot import plot_run
+from minicpm_training.recipe import Recipe
+from minicpm_training.recipe_file import to_toml
+from minicpm_training.run import Branch, Run
+from minicpm_training.sampling import complete
+from minicpm_training.state import (
+    TrainingState,
+    load_model_for_training,
+    read_state,
+    restore_optimizer,
+    save_state,
+)
+from minicpm_training.trainer import Callback, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watcher:
+    """Who watches a run: where its progress goes, and whether it is asked to stop."""
+
+    progress: Progress
+    should_stop: Callable[[], bool] = lambda: False
+
+
+def train_run(recipe: Recipe, run: Run, watcher: Watcher) -> bool:
+    """Train the trunk to the end of its stable stage, then the recipe's decay; False if stopped before the end."""
+    if not train_branch(recipe, run, run.trunk, None, watcher):
+        return False
+    if not recipe.schedule.decay_tokens:
+        return True
+    tip = run.trunk.checkpoint(recipe.trunk_steps)
+    return train_branch(recipe, run, run.decay(tip.name), tip, watcher)
+
+
+def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, watcher: Watcher) -> bool:
+    """Train one branch to its end: a trunk (``start`` None) or a decay from the trunk's checkpoint ``start``.
+
+    Goes on from the branch's newest checkpoint where there is one; the same recipe gives the same bits on a CPU
+    however often it was stopped. Returns False if stopped before the end, with a checkpoint saved.
+    """
+    until_step = recipe.trunk_steps if start is None else recipe.total_steps
+    branch.remove_stale()
+    steps = branch.steps()
+    resume_from = branch.checkpoint(steps[-1]) if steps else start
+    step = steps[-1] if steps else 0
+    if step > until_step:
+        raise UserError(
+            f"{branch.folder} is at step {step}, past the end its recipe now gives ({until_step}): "
+            "give a longer schedule.stable_tokens, or branch with `minicpm-edge decay`"
+        )
+    if steps and step == until_step and read_state(branch.checkpoint(step)).finished:
+        return True
+    return Session(recipe=recipe, run=run, branch=branch, resume_from=resume_from).train(until_step, watcher)
+
+
+def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
+    """The recipe's model for this tokenizer, checked against the row length."""
+    config = recipe.model.config(vocab_size=tokenizer.vocab_size)
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(
+            f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
+        )
+    if config.max_position_embeddings < recipe.data.sequence_length:
+        raise UserError(
+            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context "
+            f"{config.max_position_embeddings}: raise model.max_position_embeddings"
+        )
+    return config
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """One sitting of training on one branch: the objects made from its recipe, each on first use."""
+
+    recipe: Recipe
+    run: Run
+    branch: Branch
+    resume_from: Path | None
+
+    def train(self, until_step: int, watcher: Watcher) -> bool:
+        """Train up to ``until_step``; False if stopped before."""
+        trainer = self._trainer()
+        self.branch.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.branch.recipe_path, to_toml(self.recipe))
+        write_text(self.branch.folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
+        self.branch.truncate_metrics(trainer.step)
+        trainer.callbacks = self._callbacks(until_step, watcher.progress)
+        return trainer.run(until_step, watcher.should_stop)
+
+    @cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.recipe.device)
+
+    @cached_property
+    def precision(self) -> Precision:
+        return choose_precision(self.recipe.precision, self.device)
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer.load(self.recipe.data.tokenizer)
+
+    @cached_property
+    def config(self) -> ModelConfig:
+        return model_config(self.recipe, self.tokenizer)
+
+    def _trainer(self) -> Trainer:
+        recipe = self.recipe
+        feed = open_feed(recipe, self.tokenizer)  # first: the cheapest to find fault with
+        model, optimizer, step = self._model()
+        return Trainer(
+            model=model,
+            optimizer=optimizer,
+            objective=pretraining(model, z_loss=recipe.optimizer.z_loss, compile_model=recipe.compile),
+            feed=feed,
+            schedule=recipe.lr_schedule(),
+            peak_lr=recipe.schedule.peak_lr,
+            clip_norm=recipe.optimizer.clip_norm,
+            precision=self.precision,
+            step=step,
+            tokens=step * recipe.batch_tokens,
+        )
+
+    def _model(self) -> tuple[MiniCPM, AdamW, int]:
+        recipe, rule = self.recipe, self.recipe.model.embedding_rule
+        if self.resume_from is None:
+            with torch.device(self.device):
+                model = MiniCPM(self.config)
+            model.init_weights(seed=recipe.seed, embedding_rule=rule)
+            optimizer = build_optimizer(model, self.config, recipe.optimizer, embedding_rule=rule)
+            return model, optimizer, 0
+        state = read_state(self.resume_from)
+        model = load_model_for_training(self.resume_from, device=self.device)
+        optimizer = build_optimizer(model, model.config, recipe.optimizer, embedding_rule=rule)
+        restore_optimizer(self.resume_from, model, optimizer)
+        return model, optimizer, state.step
+
+    def _callbacks(self, until_step: int, progress: Progress) -> list[Callback]:
+        """Watchers in their order: a checkpoint comes last, so that what it resumes from has been measured."""
+        recipe = self.recipe
+        peak, _ = peak_flops(self.device, self.precision)
+        num_parameters = count_parameters(self.config, active=True)
+        validations = [open_validation(entry, recipe, self.tokenizer) for entry in recipe.data.valid]
+        callbacks: list[Callback] = [
+            Metrics(
+                branch=self.branch,
+                progress=progress,
+                every=recipe.log.every,
+                until_step=until_step,
+                flops_per_token=flops_per_token(self.config, num_parameters, recipe.data.sequence_length),
+                peak_flops=peak,
+                sinks=(TensorBoard(self.branch),) if recipe.log.tensorboard else (),
+            )
+        ]
+        if validations:
+            callbacks.append(
+                Every(
+                    action=lambda trainer: self._validate(trainer, validations, progress),
+                    every=recipe.evaluation.every,
+                )
+            )
+        if recipe.sample.prompts:
+            callbacks.append(
+                Every(action=lambda trainer: self._sample(trainer, progress), every=recipe.sample.every)
+            )
+        callbacks.append(Every(action=self._plot, every=recipe.evaluation.every))
+        callbacks.append(
+            Every(
+                action=lambda trainer: self._save(trainer, finished=trainer.step >= until_step),
+                every=recipe.checkpoint.every,
+                when_stopped=True,
+            )
+        )
+        return callbacks
+
+    def _validate(self, trainer: Trainer, validations: list[Validation], progress: Progress) -> None:
+        results = {
+            validation.name: validation.measure(trainer.model, trainer.autocast).to_dict()
+            for validation in validations
+        }
+        trainer.model.train()
+        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "validation": results})
+        shown = "  ".join(f"{name} {result['bits_per_byte']:.4f}" for name, result in results.items())
+        progress.message(f"step {trainer.step}  validation, bits per byte: {shown}")
+
+    def _sample(self, trainer: Trainer, progress: Progress) -> None:
+        settings = self.recipe.sample
+        samples = [
+            {
+                "prompt": prompt,
+                "text": complete(trainer.model, self.tokenizer, prompt, max_tokens=settings.max_tokens),
+            }
+            for prompt in settings.prompts
+        ]
+        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "samples": samples})
+        for sample in samples:
+            progress.message(f"step {trainer.step}  {sample['prompt']} →{json.dumps(sample['text'], ensure_ascii=False)}")
+
+    def _plot(self, trainer: Trainer) -> None:
+        plot_run(self.run)
+
+    def _save(self, trainer: Trainer, *, finished: bool) -> None:
+        recipe = self.recipe
+        state = TrainingState(
+            step=trainer.step,
+            tokens=trainer.tokens,
+            stage=recipe.lr_schedule().stage(max(0, trainer.step - 1)),
+            finished=finished,
+            recipe_sha256=hashlib.sha256(to_toml(recipe).encode()).hexdigest(),
+        )
+        save_state(
+            self.branch.checkpoint(trainer.step),
+            trainer.model,
+            trainer.optimizer,
+            state,
+            tokenizer=Path(recipe.data.tokenizer),
+        )
+        protect = self.run.branch_points() if self.branch == self.run.trunk else frozenset[int]()
+        self.branch.prune(
+            keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every, protect=protect
+        )

@@ -1,0 +1,76 @@
+"""Saving and restoring a training state: a Hugging Face folder plus optimizer.safetensors and state.json.
+
+Batches are a pure function of the position, and the model draws no random numbers, so a step number and the
+optimizer's tensors are the whole state.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim import AdamW
+
+from minicpm_edge.checkpoint import load_checkpoint, save_checkpoint, verify_manifest
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM
+from minicpm_training.optimizer import load_optimizer_tensors, optimizer_tensors
+
+OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
+
+
+class TrainingState(BaseModel):
+    """state.json: ``step`` updates done on ``tokens`` tokens; ``finished`` when the branch has reached its end."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    step: int
+    tokens: int
+    stage: str
+    finished: bool
+    recipe_sha256: str
+
+
+def save_state(
+    folder: Path, model: MiniCPM, optimizer: AdamW, state: TrainingState, *, tokenizer: Path | None
+) -> None:
+    """Write a checkpoint atomically; the master weights are in model.safetensors as float32."""
+
+    def write_extra_files(temporary: Path) -> None:
+        save_file(
+            {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
+            temporary / OPTIMIZER_FILE,
+        )
+        (temporary / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
+
+    save_checkpoint(folder, model, tokenizer=tokenizer, extra_files=write_extra_files)
+
+
+def read_state(folder: Path) -> TrainingState:
+    """state.json of a checkpoint. Raises :class:`UserError` for a folder that training did not write."""
+    try:
+        return TrainingState.model_validate(json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {STATE_FILE}: it is no checkpoint to resume from") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError):
+        raise UserError(f"{folder / STATE_FILE} is damaged; remove the folder to resume from an older one") from None
+
+
+def load_model_for_training(folder: Path, *, device: torch.device) -> MiniCPM:
+    """The float32 model of a checkpoint, its files checked against their hashes first."""
+    verify_manifest(folder)
+    return load_checkpoint(folder, device=device).train()
+
+
+def restore_optimizer(folder: Path, model: MiniCPM, optimizer: AdamW) -> None:
+    """Restore the optimizer's tensors bit for bit."""
+    file = folder / OPTIMIZER_FILE
+    try:
+        tensors = load_file(file)
+    except (FileNotFoundError, SafetensorError):
+        raise UserError(f"{file} is missing or damaged: this checkpoint cannot be resumed") from None
+    load_optimizer_tensors(model, optimizer, tensors)
