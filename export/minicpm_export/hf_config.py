@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from minicpm_edge.config import ModelConfig
 from minicpm_edge.tokenizer import PAD, Tokenizer
 
 # What Granite calls MiniCPM's scales (the two compute the same function) → how it is read off a config.
-GRANITE_KEYS = {
+GRANITE_KEYS: Mapping[str, Callable[[ModelConfig], float]] = {
     "embedding_multiplier": lambda config: config.scale_emb,
     "residual_multiplier": lambda config: config.residual_scale,
     "logits_scaling": lambda config: 1.0 / config.logit_scale,

@@ -31,6 +31,7 @@ def export_huggingface(request: Request, out: Path, *, architecture: str = "mini
         UserError: for a model that cannot be exported, and for a folder that fails its certificate.
     """
     folder, config, tokenizer = request.folder, read_config(request.folder), Tokenizer.load(request.folder)
+    tensors = published_tensors(folder)
     if architecture == "granite" and config.num_experts:
         raise UserError(
             "a mixture of experts has no Granite form with these tensor names; leave --granite out"
@@ -38,7 +39,8 @@ def export_huggingface(request: Request, out: Path, *, architecture: str = "mini
     text = held_out(tokenizer, config, text=request.text, run=request.run)
     with atomic_folder(out) as temporary:
         request.report("copying weights")
-        for file in sorted(folder.glob("model*.safetensors*")):
+        index = folder / "model.safetensors.index.json"
+        for file in {tensor.file for tensor in tensors.values()} | ({index} if index.is_file() else set()):
             shutil.copyfile(file, temporary / file.name)
         tokenizer.save(temporary)
         hf_config.write_json(temporary / "config.json", _config(config, folder, architecture))
