@@ -1,0 +1,101 @@
+"""The commands of the training part. Only what argparse needs is imported here; work imports what it uses."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from minicpm_edge.cli import Command
+from minicpm_training.data.cli import DATA, TOKENIZER
+from minicpm_training.quickstart.cli import QUICKSTART
+
+__all__ = ["DATA", "DECAY", "EVAL", "QUICKSTART", "RUNS", "TOKENIZER", "TRAIN"]
+
+
+def _add_set(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        dest="settings",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="replace one value of the recipe, as in --set schedule.peak_lr=0.005; may be given again",
+    )
+
+
+def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "recipe", nargs="?", metavar="RECIPE", help="a TOML file, or a shipped recipe's name such as tiny"
+    )
+    _add_set(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/NAME)")
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="",
+        metavar="RUN",
+        help="go on with a run (default: --out, else the newest); --set may lengthen it",
+    )
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes (only 1 as yet)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
+    _add_json(parser, "the plan or the result")
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from minicpm_training.commands import train
+
+    return train(arguments)
+
+
+def _add_decay(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", help="a run's folder, or its name under runs/")
+    parser.add_argument("--at", type=int, metavar="STEP", help="the trunk's checkpoint (default: the newest)")
+    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the decay in tokens")
+    parser.add_argument(
+        "--data", metavar="RECIPE", help="take the decay's mixture (data.decay) from this recipe"
+    )
+    _add_set(parser)
+    _add_json(parser, "the result")
+
+
+def _decay(arguments: argparse.Namespace) -> int:
+    from minicpm_training.commands import decay
+
+    return decay(arguments)
+
+
+def _add_runs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("root", nargs="?", type=Path, default=Path("runs"), help="where runs lie (%(default)s)")
+    _add_json(parser, "the list")
+
+
+def _runs(arguments: argparse.Namespace) -> int:
+    from minicpm_training.commands import list_runs
+
+    return list_runs(arguments)
+
+
+def _add_eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a run, checkpoint or Hugging Face folder")
+    parser.add_argument(
+        "--data", nargs="+", required=True, type=Path, metavar="SET", help="sets that `data prepare` made"
+    )
+    parser.add_argument("--tokens", type=int, metavar="N", help="at most this many tokens of each set")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps (%(default)s)")
+    _add_json(parser, "the results")
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from minicpm_training.commands import evaluate
+
+    return evaluate(arguments)
+
+
+TRAIN = Command(help="train a model from a recipe, or go on with a run", add_arguments=_add_train, run=_train)
+DECAY = Command(help="branch a release off a trunk", add_arguments=_add_decay, run=_decay)
+RUNS = Command(help="list runs and their decays", add_arguments=_add_runs, run=_runs)
+EVAL = Command(help="bits per byte and perplexity on prepared sets", add_arguments=_add_eval, run=_eval)
