@@ -172,8 +172,8 @@ def _read_array(reader: _Reader, key: str) -> Array:
     kind = reader.integer("<I", f"the element type of {key!r}")
     if kind == STRING:
         length = reader.count(f"elements in {key!r}", MAX_ELEMENTS, smallest=8)
-        distinct = {reader.string(repr(key)) for _ in range(length)}
-        return Array(type=kind, length=length, elements=None, all_distinct=len(distinct) == length)
+        texts = frozenset(reader.string(repr(key)) for _ in range(length))
+        return Array(type=kind, length=length, texts=texts)
     if kind not in NUMBERS:
         raise GGUFError(f"{key!r} is an array of the unknown type {kind}")
     form = NUMBERS[kind][1]
@@ -181,10 +181,8 @@ def _read_array(reader: _Reader, key: str) -> Array:
     length = reader.count(f"elements in {key!r}", MAX_ELEMENTS, smallest=size)
     if length > KEPT_ELEMENTS:
         reader.skip(length * size, repr(key))
-        return Array(type=kind, length=length, elements=None, all_distinct=False)
-    return Array(
-        type=kind, length=length, elements=reader.numbers(form, length, repr(key)), all_distinct=False
-    )
+        return Array(type=kind, length=length)
+    return Array(type=kind, length=length, elements=reader.numbers(form, length, repr(key)))
 
 
 def _alignment(metadata: Metadata) -> int:

@@ -11,6 +11,9 @@ from minicpm_edge.gguf_types import FLOAT32, INT32, NUMBERS, STRING, Array, GGUF
 
 MAX_LAYERS, MAX_EXPERTS, MAX_WIDTH = 512, 1024, 1 << 24
 ROPE_SCALINGS = ("none", "linear", "yarn", "longrope")
+# Kinds of tokenizer, and whether each falls back on tokens for single bytes.
+TOKENIZERS: dict[object, bool] = {"gpt2": False, "llama": True, "gemma4": True}
+BYTE_TOKENS = frozenset(b"<0x%02X>" % byte for byte in range(256))
 # Architectures whose heads are rotated whole.
 WHOLE_HEAD_ROPE = ("llama", "minicpm", "granite")
 
@@ -28,6 +31,7 @@ def check_values(metadata: Metadata) -> None:
     layers = settings.integer("block_count", 1, MAX_LAYERS)
     width = settings.integer("embedding_length", 1, MAX_WIDTH)
     settings.integer("context_length", 1, 2**31 - 1)
+    settings.integer("nextn_predict_layers", 0, (layers or 1) - 1)
     settings.by_layer("feed_forward_length", layers)
     _check_heads(settings, architecture.value, layers, width)
     _check_experts(settings, layers)
@@ -75,9 +79,10 @@ class _Settings:
         if entry is None:
             return None
         values = entry.elements if isinstance(entry, Array) else (entry.value,)
-        if values is None or any(isinstance(value, str) for value in values):
+        numbers = tuple(value for value in values if not isinstance(value, str))
+        if len(numbers) != (entry.length if isinstance(entry, Array) else 1):
             raise GGUFError(f"{self._prefix}.{name} must be a number")
-        return tuple(value for value in values if not isinstance(value, str))
+        return numbers
 
 
 def _check_heads(settings: _Settings, architecture: str, layers: int | None, width: int | None) -> None:
@@ -111,13 +116,20 @@ def _check_tokenizer(metadata: Metadata) -> None:
         raise GGUFError("it has no tokenizer (tokenizer.ggml.tokens)")
     if not isinstance(tokens, Array) or tokens.type != STRING or not tokens.length:
         raise GGUFError("tokenizer.ggml.tokens must be a list of texts")
-    if not tokens.all_distinct:
+    if len(tokens.texts) != tokens.length:
         raise GGUFError("two entries of tokenizer.ggml.tokens are the same")
-    for name, kind in (("token_type", INT32), ("scores", FLOAT32)):
-        entry = metadata.get(f"tokenizer.ggml.{name}")
-        if entry is not None and not (
-            isinstance(entry, Array) and entry.type == kind and entry.length == tokens.length
-        ):
+    model = metadata.get("tokenizer.ggml.model")
+    name = model.value if isinstance(model, Scalar) else None
+    if name not in TOKENIZERS:
+        raise GGUFError(
+            f"its tokenizer is of the kind {name!r}; supported are {', '.join(map(str, TOKENIZERS))}"
+        )
+    if TOKENIZERS[name] and not BYTE_TOKENS <= tokens.texts:
+        raise GGUFError("its tokenizer lacks tokens for single bytes (<0x00> to <0xFF>)")
+    for entry_name, kind in (("token_type", INT32), ("scores", FLOAT32)):
+        entry = metadata.get(f"tokenizer.ggml.{entry_name}")
+        fits = isinstance(entry, Array) and entry.type == kind and entry.length == tokens.length
+        if entry is not None and not fits:
             raise GGUFError(
-                f"tokenizer.ggml.{name} must be {tokens.length} values of type {NUMBERS[kind][0]}"
+                f"tokenizer.ggml.{entry_name} must be {tokens.length} values of {NUMBERS[kind][0]}"
             )

@@ -72,13 +72,13 @@ class Scalar:
 
 @dataclass(frozen=True, kw_only=True)
 class Array:
-    """An array in the metadata: element type and length; the elements only of short arrays of numbers."""
+    """An array in the metadata: element type, length, and what is kept of it: ``elements`` of a short array of numbers,
+    the different ``texts`` of an array of strings."""
 
     type: int
     length: int
-    elements: tuple[int | float, ...] | None
-    all_distinct: bool
-    """For strings: whether no two are the same."""
+    elements: tuple[int | float, ...] = ()
+    texts: frozenset[bytes] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

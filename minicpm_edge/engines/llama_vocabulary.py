@@ -46,7 +46,8 @@ class LlamaVocabulary:
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:
         """Control tokens, and user-defined ones that look like markers (``<|assistant|>``), text to id."""
-        return self._markers(_CONTROL) | self._markers(_USER_DEFINED)
+        begin = {self.bos_token: self.bos_id} if self.bos_token else {}
+        return begin | self._markers(_CONTROL) | self._markers(_USER_DEFINED)
 
     @cached_property
     def end_ids(self) -> frozenset[int]:
