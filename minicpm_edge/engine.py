@@ -137,6 +137,19 @@ class Engine(Protocol):
         """Free the model. Calling it again does nothing."""
 
 
+def choose_context(asked: int | None, trained: int, model: object, *, default: int | None = None) -> int:
+    """The context length to run with: what is ``asked`` for, else the trained one (at most ``default``).
+
+    Raises:
+        UserError: when more is asked for than ``model`` was trained for; its answers would be noise.
+    """
+    if asked is not None and asked > trained:
+        raise UserError(
+            f"context_length {asked} is more than {model} was trained for; ask for at most {trained}"
+        )
+    return asked or min(trained, default or trained)
+
+
 def _check_number(name: str, value: object, low: float, high: float, *, exclusive_low: bool = False) -> None:
     # Comparisons with nan are false, so nan and the infinities fall out with everything else out of range.
     fits = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high

@@ -124,7 +124,7 @@ def _check_tokenizer(metadata: Metadata) -> None:
         raise GGUFError(
             f"its tokenizer is of the kind {name!r}; supported are {', '.join(map(str, TOKENIZERS))}"
         )
-    if TOKENIZERS[name] and not BYTE_TOKENS <= tokens.texts:
+    if TOKENIZERS[name] and not tokens.texts >= BYTE_TOKENS:
         raise GGUFError("its tokenizer lacks tokens for single bytes (<0x00> to <0xFF>)")
     for entry_name, kind in (("token_type", INT32), ("scores", FLOAT32)):
         entry = metadata.get(f"tokenizer.ggml.{entry_name}")

@@ -14,7 +14,8 @@ from minicpm_edge.errors import UserError
 
 RUNS = Path("runs")
 RECIPE, STATE = "recipe.toml", "state.json"
-ONNX_FILES = ("model.onnx", "onnx/model.onnx")
+# Where exporters put a graph, the most exact first.
+ONNX_FILES = ("onnx/model.onnx", "model.onnx", "onnx/model_quantized.onnx", "model_quantized.onnx")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = "a run, a checkpoint, a Hugging Face folder, a .gguf file or an ONNX folder"
@@ -24,7 +25,7 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 @dataclass(frozen=True, kw_only=True)
 class Located:
-    """A model on the disk. ``path`` is the file (gguf) or the folder (hf, onnx); ``run`` the run it belongs to."""
+    """A model on the disk: ``path`` is a file (gguf), a folder (hf) or either (onnx); ``run`` the run it is of."""
 
     kind: Literal["hf", "gguf", "onnx"]
     path: Path
@@ -33,7 +34,8 @@ class Located:
     @property
     def name(self) -> str:
         """A short name: the run's, or the file's or folder's own."""
-        return (self.run or self.path).resolve().name.removesuffix(".gguf")
+        path = self.run or (onnx_file(self.path)[1] if self.kind == "onnx" else self.path)
+        return path.resolve().name.removesuffix(".gguf")
 
 
 def locate(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -> Located:
@@ -72,6 +74,13 @@ def demo_model() -> Path | None:
     return files[0] if files else None
 
 
+def onnx_file(path: Path) -> tuple[Path, Path]:
+    """The graph of a located ONNX model, and the folder with its config.json and tokenizer."""
+    if path.is_dir():
+        return next(path / name for name in ONNX_FILES if (path / name).is_file()), path
+    return path, path.parent.parent if path.parent.name == "onnx" else path.parent
+
+
 def find_runs(root: Path = RUNS) -> list[Path]:
     """The run folders under ``root``, the one written to last in front."""
     if not root.is_dir():
@@ -100,8 +109,7 @@ def _file(path: Path) -> Located:
     if path.suffix.lower() == ".gguf":
         return Located(kind="gguf", path=path)
     if path.suffix == ".onnx":
-        folder = path.parent.parent if path.parent.name == "onnx" else path.parent
-        return Located(kind="onnx", path=folder)
+        return Located(kind="onnx", path=path)
     if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
         return Located(kind="hf", path=path.parent)
     raise UserError(f"{path} is not a model: give {KINDS}")

@@ -1,14 +1,10 @@
-"""llama.cpp: runs a ``.gguf`` on any machine, through the low-level functions of llama-cpp-python.
-
-A prompt is computed in batches of :data:`BATCH` tokens that begin at multiples of it. Only such whole batches are kept
-for a later prompt that begins alike: the same batch over the same past gives the same bits, so an answer does not
-depend on what the model was asked before.
-"""
+"""llama.cpp: runs a ``.gguf`` on any machine, through the low-level functions of llama-cpp-python."""
 
 from __future__ import annotations
 
 import ctypes
 import secrets
+import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,25 +14,27 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from minicpm_edge.engine import Cancelled, SamplingParams
+from minicpm_edge.engine import Cancelled, SamplingParams, choose_context
 from minicpm_edge.engines.llama_vocabulary import LlamaVocabulary
+from minicpm_edge.engines.pooling import unit_vector
+from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.errors import UserError
 
 BATCH = 128
 """Tokens a call. More is no faster on a CPU, and this bounds how long a cancelled prompt still computes."""
 DEFAULT_CONTEXT = 8192
 """Context where none is asked for, if the model was trained for as much: the KV cache of more can fill a laptop."""
-_WARNING, _ERROR = 3, 4  # ggml_log_level
+_ERROR = 4  # ggml_log_level
 
-_log_lines: deque[str] = deque(maxlen=8)
+_errors: deque[str] = deque(maxlen=8)
 
 
 def _log(level: int, text: bytes, _: object) -> None:
-    if level in (_WARNING, _ERROR):
-        _log_lines.append(text.decode("utf-8", errors="replace").strip())
+    if level == _ERROR:
+        _errors.append(text.decode("utf-8", errors="replace").strip())
 
 
-# llama.cpp prints nothing; its last problems are kept for the message of a failed load.
+# llama.cpp prints nothing; what it says of an error is kept for the message of a failed load.
 _keep_log = llama_cpp.llama_log_callback(_log)
 
 
@@ -52,27 +50,26 @@ class LlamaCppEngine:
     def __init__(self, path: Path, *, context_length: int | None, threads: int) -> None:
         llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p())
         llama_cpp.llama_backend_init()
-        _log_lines.clear()
+        _errors.clear()
         self._model: Any = llama_cpp.llama_model_load_from_file(
             str(path).encode(), llama_cpp.llama_model_default_params()
         )
         if not self._model:
-            raise UserError(f"llama.cpp cannot load {path}: {_last_problem()}")
-        self._context: Any = None
-        try:
-            self.context_length = self._choose_context(context_length, path)
-            self._context = llama_cpp.llama_init_from_model(self._model, self._context_params(threads))
-            if not self._context:
-                raise UserError(
-                    f"llama.cpp cannot make a context of {self.context_length} tokens for {path}: {_last_problem()}; "
-                    "a smaller context_length needs less memory"
-                )
-        except UserError:
-            self.close()
-            raise
-        self._memory: Any = llama_cpp.llama_get_memory(self._context)
+            raise UserError(f"llama.cpp cannot load {path}: {_first_error()}")
+        # Run once: by close(), when the engine is garbage, or at exit.
+        self._free_model = weakref.finalize(self, llama_cpp.llama_model_free, self._model)
+        trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        self.context_length = choose_context(context_length, trained, path, default=DEFAULT_CONTEXT)
+        self._context: Any = llama_cpp.llama_init_from_model(self._model, self._context_params(threads))
+        if not self._context:
+            raise UserError(
+                f"llama.cpp cannot make a context of {self.context_length} tokens for {path}: {_first_error()}; "
+                "a smaller context_length needs less memory"
+            )
         self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
-        self._kept: list[int] = []
+        self._free_context = weakref.finalize(self, _free_context, self._context, self._batch)
+        self._memory: Any = llama_cpp.llama_get_memory(self._context)
+        self._prompts = PromptCache(BATCH)
         self.vocabulary = LlamaVocabulary(self._model)
 
     @property
@@ -104,29 +101,17 @@ class LlamaCppEngine:
                 self._decode(batch, start, every_output=True)
                 for index in range(len(batch)):
                     state = llama_cpp.llama_get_embeddings_ith(self._context, index)
-                    total_D += np.ctypeslib.as_array(state, shape=(width,))
+                    with np.errstate(invalid="ignore"):  # a damaged file's NaN is reported below
+                        total_D += np.ctypeslib.as_array(state, shape=(width,))
         finally:
             llama_cpp.llama_set_embeddings(self._context, False)
             self._forget(0)
-        norm = float(np.linalg.norm(total_D))
-        return [float(value) for value in total_D / norm] if norm else [0.0] * width
+        return unit_vector(total_D)
 
     def close(self) -> None:
         """Free the context and the model."""
-        if self._context:
-            llama_cpp.llama_batch_free(self._batch)
-            llama_cpp.llama_free(self._context)
-        if self._model:
-            llama_cpp.llama_model_free(self._model)
-        self._context = self._model = None
-
-    def _choose_context(self, asked: int | None, path: Path) -> int:
-        trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        if asked is not None and asked > trained:
-            raise UserError(
-                f"context_length {asked} is more than {path} was trained for; ask for at most {trained}"
-            )
-        return asked or min(trained, DEFAULT_CONTEXT)
+        self._free_context()
+        self._free_model()
 
     def _context_params(self, threads: int) -> Any:
         params = llama_cpp.llama_context_default_params()
@@ -138,27 +123,21 @@ class LlamaCppEngine:
         return params
 
     def _prefill(self, prompt: Sequence[int], cancelled: Cancelled) -> bool:
-        """Compute the prompt, from the first batch that is not kept; False when cancelled."""
-        # The last token is always computed: its logits choose the first token of the answer.
-        start = min(_common_length(self._kept, prompt), len(prompt) - 1) // BATCH * BATCH
-        start = self._forget(start)
-        for position in range(start, len(prompt), BATCH):
+        """Compute the prompt from the first batch that is not kept; False when cancelled."""
+        start = self._forget(self._prompts.usable(prompt))
+        for position, batch in self._prompts.batches(prompt, start):
             if cancelled():
                 return False
-            batch = prompt[position : position + BATCH]
             self._decode(batch, position)
-            if len(batch) == BATCH:
-                self._kept.extend(batch)
         return True
 
     def _forget(self, length: int) -> int:
-        """Drop everything from position ``length`` on; returns how much is left (0 where a model cannot rewind)."""
-        if not llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
-            length = 0
-        if length == 0:
-            llama_cpp.llama_memory_clear(self._memory, True)
-        del self._kept[length:]
-        return length
+        """Drop everything from position ``length`` on; returns what is left (0 where a model cannot rewind)."""
+        if length and llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+            return length
+        llama_cpp.llama_memory_clear(self._memory, True)
+        self._prompts.clear()
+        return 0
 
     def _decode(self, tokens: Sequence[int], position: int, *, every_output: bool = False) -> None:
         batch = self._batch
@@ -170,9 +149,10 @@ class LlamaCppEngine:
             batch.seq_id[index][0] = 0
             batch.logits[index] = every_output
         batch.logits[len(tokens) - 1] = True
+        _errors.clear()
         code: int = llama_cpp.llama_decode(self._context, batch)
         if code != 0:
-            raise RuntimeError(f"llama_decode returned {code} at position {position}: {_last_problem()}")
+            raise RuntimeError(f"llama_decode returned {code} at position {position}: {_first_error()}")
 
 
 @contextmanager
@@ -199,12 +179,11 @@ def _sampler(params: SamplingParams) -> Iterator[Any]:
         llama_cpp.llama_sampler_free(chain)
 
 
-def _common_length(left: Sequence[int], right: Sequence[int]) -> int:
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return min(len(left), len(right))
+def _free_context(context: Any, batch: Any) -> None:
+    llama_cpp.llama_batch_free(batch)
+    llama_cpp.llama_free(context)
 
 
-def _last_problem() -> str:
-    return _log_lines[-1] if _log_lines else "it gives no reason"
+def _first_error() -> str:
+    """What went wrong, without the name of the function that says so; the errors after it are consequences."""
+    return _errors[0].split(": ", 1)[-1] if _errors else "it gives no reason"

@@ -11,10 +11,9 @@ from typing import Any
 
 import llama_cpp
 
-from minicpm_edge.chat import CHATML_TEMPLATE
+from minicpm_edge.engines.chatml import chatml_for
 from minicpm_edge.errors import UserError
 
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
 _PIECE_BYTES = 64
 _CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
 _USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
@@ -37,11 +36,7 @@ class LlamaVocabulary:
     @cached_property
     def chat_template(self) -> str | None:
         """``tokenizer.chat_template`` of the file, else ChatML where its tokens exist."""
-        if self._template is None and all(token in self.special_tokens for token in CHATML_TOKENS):
-            return CHATML_TEMPLATE.removeprefix(
-                "{{- bos_token }}"
-            )  # some such vocabularies begin with <|im_start|>
-        return self._template
+        return self._template or chatml_for(self.special_tokens)
 
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:

@@ -1,0 +1,87 @@
+"""torch on the CPU: runs a checkpoint or Hugging Face folder as it was trained, in float32.
+
+Legend: B batch (1 here), T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from minicpm_edge.attention import KVCache
+from minicpm_edge.checkpoint import load_checkpoint
+from minicpm_edge.engine import Cancelled, SamplingParams, choose_context
+from minicpm_edge.engines.folder import end_ids, load_tokenizer
+from minicpm_edge.engines.pooling import unit_vector
+from minicpm_edge.engines.prompt_cache import PromptCache
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM
+from minicpm_edge.sampling import Sampler
+
+BATCH = 256
+
+
+class TorchEngine:
+    """One folder in torch. See :class:`~minicpm_edge.engine.Engine`."""
+
+    kind = "torch"
+
+    def __init__(self, folder: Path, *, context_length: int | None, threads: int) -> None:
+        torch.set_num_threads(threads)
+        model = load_checkpoint(folder)
+        config = model.config
+        self.context_length = choose_context(context_length, config.max_position_embeddings, folder)
+        self.vocabulary = load_tokenizer(folder)
+        if self.vocabulary.vocab_size > config.vocab_size:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.vocabulary.vocab_size} tokens and the model only "
+                f"{config.vocab_size}; they do not belong together"
+            )
+        self.end_ids = end_ids(folder, self.vocabulary)
+        self._loaded: tuple[MiniCPM, KVCache] | None = (model, KVCache(config, 1, self.context_length))
+        self._prompts = PromptCache(BATCH)
+
+    def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
+        """See :meth:`minicpm_edge.engine.Engine.tokens`."""
+        start = self._prompts.usable(prompt)
+        _, cache = self._open()
+        cache.truncate(start)
+        sampler, logits_V = Sampler(params), np.zeros(0, np.float32)
+        for _, batch in self._prompts.batches(prompt, start):
+            if cancelled():
+                return
+            logits_V = self._logits(batch)
+        for _ in range(len(prompt), self.context_length):
+            token = sampler(logits_V)
+            yield token
+            if cancelled():
+                return
+            logits_V = self._logits([token])
+
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        """See :meth:`minicpm_edge.engine.Engine.embed`."""
+        model, _ = self._open()
+        with torch.inference_mode():
+            states_BTD = model.hidden(torch.tensor([list(tokens)]))
+            return unit_vector(states_BTD[0].sum(dim=0).numpy())
+
+    def close(self) -> None:
+        """Free the weights and the cache."""
+        self._loaded = None
+        self._prompts.clear()
+
+    def _open(self) -> tuple[MiniCPM, KVCache]:
+        assert self._loaded is not None, "LanguageModel does not use a closed engine"
+        return self._loaded
+
+    def _logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Append ``tokens`` to the cache; logits (V,) after the last, without ids the tokenizer does not know."""
+        model, cache = self._open()
+        with torch.inference_mode():
+            states_BTD = model.hidden(torch.tensor([list(tokens)]), cache=cache)
+            logits_V: NDArray[np.float32] = model.logits(states_BTD[0, -1]).numpy()
+        return logits_V[: self.vocabulary.vocab_size]
