@@ -72,8 +72,8 @@ def _plot_validation(
 ) -> None:
     series: dict[str, list[tuple[int, float]]] = {}
     for line in lines:
-        for name, result in line.get("validation", {}).items():
-            series.setdefault(name, []).append((line["tokens"], result["bits_per_byte"]))
+        for name, bits in line.get("valid", {}).items():
+            series.setdefault(name, []).append((line["tokens"], bits))
     for name, points in series.items():
         marker = markers.setdefault(name, "os^Dvp*X"[len(markers) % 8])
         axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=f"{name}, {label}")

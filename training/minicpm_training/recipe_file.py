@@ -5,6 +5,7 @@ A key that no recipe has is refused with the name of the nearest one that exists
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -20,18 +21,19 @@ from minicpm_edge.errors import UserError
 from minicpm_training.recipe import Recipe
 
 
-def load_recipe(source: str | None, settings: Sequence[str] = ()) -> Recipe:
-    """The recipe of a TOML file or of a shipped name, with ``--set`` applied.
+def load_recipe(source: str | Mapping[str, Any] | None, settings: Sequence[str] = ()) -> Recipe:
+    """The recipe of a TOML file, of a shipped name or of parsed entries, with ``--set`` applied.
 
     ``source`` None starts from the defaults alone. Raises :class:`UserError` for a file that is missing or is not
     TOML, for an unknown key and for a value out of range.
     """
-    entries = _read(source) if source else {}
-    if source and not entries.get("name"):
-        entries["name"] = _default_name(source)
+    origin = source if isinstance(source, str) else "recipe"
+    entries = _read(source) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
+    if isinstance(source, str):
+        entries.setdefault("name", _default_name(source))
     for setting in settings:
         _apply(entries, setting)
-    return parse_recipe(entries, origin=source or "recipe")
+    return parse_recipe(entries, origin=origin)
 
 
 def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:

@@ -205,13 +205,12 @@ class Session:
         return callbacks
 
     def _validate(self, trainer: Trainer, validations: list[Validation], progress: Progress) -> None:
-        results = {
-            validation.name: validation.measure(trainer.model, trainer.autocast).to_dict()
+        bits = {
+            validation.name: validation.measure(trainer.model, trainer.autocast).bits_per_byte
             for validation in validations
         }
-        trainer.model.train()
-        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "validation": results})
-        shown = "  ".join(f"{name} {result['bits_per_byte']:.4f}" for name, result in results.items())
+        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "valid": bits})
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in bits.items())
         progress.message(f"step {trainer.step}  validation, bits per byte: {shown}")
 
     def _sample(self, trainer: Trainer, progress: Progress) -> None:

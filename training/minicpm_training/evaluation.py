@@ -1,0 +1,136 @@
+"""Validation loss in bits per byte: what a model needs to write down held-out text, whatever its tokenizer.
+
+bits per byte = cross-entropy in nats / ln 2 / UTF-8 bytes of the text predicted.
+
+Legend: B batch rows, T time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM
+from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training.data.batches import rows_to_batch
+from minicpm_training.data.token_set import TokenSet
+from minicpm_training.recipe import Recipe, ValidationSet
+
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationResult:
+    """Sums over the tokens that were predicted. ``num_bytes`` is the text they stand for."""
+
+    cross_entropy: float
+    num_tokens: int
+    num_bytes: float
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.cross_entropy / math.log(2.0) / self.num_bytes
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.cross_entropy / self.num_tokens
+
+    @property
+    def perplexity(self) -> float:
+        """Per token; infinite where it has no float."""
+        return math.exp(self.loss) if self.loss < 700.0 else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """A held-out set and the rows of it to measure: all of them, or ``max_tokens`` spread evenly over it.
+
+    The bytes are the set's own count, shared out by the bytes of the tokens that are predicted, so that whole sets
+    have exactly their text's bytes and parts their part.
+    """
+
+    name: str
+    tokens: TokenSet
+    token_bytes: np.ndarray[tuple[int], np.dtype[np.int64]]
+    sequence_length: int
+    rows: tuple[int, ...]
+    bytes_per_token_byte: float
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        tokenizer: Tokenizer,
+        *,
+        sequence_length: int,
+        max_tokens: int | None = None,
+        name: str = "",
+    ) -> Validation:
+        """Open a prepared set. Raises :class:`UserError` where it is of another tokenizer or holds no whole row."""
+        tokens = TokenSet.open(folder)
+        if tokens.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(f"{folder} was prepared with another tokenizer: prepare it again with the model's own")
+        sequence_length = min(sequence_length, tokens.num_tokens - 1)
+        num_rows = tokens.num_rows(sequence_length)
+        if num_rows < 1:
+            raise UserError(f"{folder} has {tokens.num_tokens} tokens, too few to measure on")
+        wanted = num_rows if max_tokens is None else min(num_rows, max(1, max_tokens // sequence_length))
+        table = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
+        total = sum(int(table[part].sum()) for part in tokens.parts())
+        return cls(
+            name=name or folder.name,
+            tokens=tokens,
+            token_bytes=table,
+            sequence_length=sequence_length,
+            rows=tuple(index * num_rows // wanted for index in range(wanted)),
+            bytes_per_token_byte=tokens.num_bytes / max(1, total),
+        )
+
+    def measure(
+        self, model: MiniCPM, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> ValidationResult:
+        """The model's loss on the rows, within documents. Leaves the model's mode as it was."""
+        device = model.embedding.weight.device
+        rows_at_once = max(1, BATCH_TOKENS // self.sequence_length)
+        cross_entropy, num_tokens, num_bytes = 0.0, 0, 0
+        was_training = model.training
+        model.eval()
+        with torch.no_grad(), autocast():
+            for start in range(0, len(self.rows), rows_at_once):
+                batch = rows_to_batch(self.tokens, self.rows[start : start + rows_at_once], self.sequence_length)
+                targets = batch.targets_BT[batch.targets_BT >= 0].numpy()
+                on_device = batch.to(device)
+                loss = model.loss(
+                    on_device.input_ids_BT,
+                    on_device.targets_BT,
+                    cu_seqlens=on_device.cu_seqlens,
+                    max_seqlen=on_device.max_seqlen,
+                )
+                cross_entropy += float(loss.cross_entropy)
+                num_tokens += targets.size
+                num_bytes += int(self.token_bytes[targets].sum())
+        model.train(was_training)
+        return ValidationResult(
+            cross_entropy=cross_entropy,
+            num_tokens=num_tokens,
+            num_bytes=num_bytes * self.bytes_per_token_byte,
+        )
+
+
+def open_validation(entry: ValidationSet, recipe: Recipe, tokenizer: Tokenizer) -> Validation:
+    """A recipe's validation set."""
+    return Validation.open(
+        Path(entry.path),
+        tokenizer,
+        sequence_length=recipe.data.sequence_length,
+        max_tokens=recipe.evaluation.tokens,
+        name=entry.label,
+    )
