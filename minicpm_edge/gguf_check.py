@@ -63,7 +63,7 @@ def check_gguf(path: Path) -> GGUFHeader:
     except GGUFError as error:
         raise UserError(f"{path} is not a usable GGUF file: {error}; download or export it again") from None
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or path} cannot be read: {error.strerror}") from None
     return header
 
 

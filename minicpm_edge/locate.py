@@ -60,9 +60,10 @@ def locate(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -
         if (root / path / RECIPE).is_file():
             return _run(root / path)
     except (OSError, ValueError) as error:  # a name too long, a NUL in it, a folder that may not be read
-        raise UserError(f"the model {str(model)[:200]!r} cannot be read: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"the model {str(model)[:200]!r} cannot be read: {reason}") from None
     raise UserError(
-        f"no model at {path}: there is no such file or folder, nor a run of that name under {root}"
+        f"no model at {str(path)[:200]}: there is no such file or folder, nor a run of that name under {root}"
     )
 
 

