@@ -123,7 +123,7 @@ def gate(
 def optional_peer(distribution: str) -> str | None:
     """Version of an installed peer, or None (the benchmark then says that it is absent)."""
     try:
-        return metadata.version(distribution)
+        return metadata.distribution(distribution).version
     except metadata.PackageNotFoundError:
         return None
 

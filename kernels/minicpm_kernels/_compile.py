@@ -40,7 +40,7 @@ class Sm90Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one compiled kernel uses: registers and stack bytes of a thread, a block's size, instruction counts."""
+    """What one compiled kernel uses: registers and stack of a thread, a block's size, instruction counts."""
 
     registers: int
     stack: int

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
 
@@ -75,12 +75,22 @@ def linear_cross_entropy(
         shapes = f"{tuple(hidden_ND.shape)} and {tuple(weight_VD.shape)}"
         raise ValueError(f"hidden and weight must be (N, D) and (V, D), not {shapes}")
     if targets_N.shape != hidden_ND.shape[:1] or targets_N.dtype != torch.int64:
-        raise ValueError(f"targets must be {hidden_ND.shape[0]} int64, not {targets_N.dtype} {tuple(targets_N.shape)}")
+        raise ValueError(
+            f"targets must be {hidden_ND.shape[0]} int64, not {targets_N.dtype} {tuple(targets_N.shape)}"
+        )
 
     num_targets = (targets_N != ignore_index).sum().float()
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
-        loss_sum, z_loss_sum = _Function.apply(
-            hidden_ND, weight_VD, targets_N, logit_scale, z_loss, ignore_index, dtype
+        loss_sum, z_loss_sum = _Function.apply(  # type: ignore[no-untyped-call]
+            hidden_ND,
+            weight_VD,
+            targets_N,
+            logit_scale,
+            z_loss,
+            ignore_index,
+            dtype,
+            hidden_ND.requires_grad,
+            weight_VD.requires_grad,
         )
     else:
         sums, _, _ = linear_cross_entropy_op(
@@ -118,6 +128,8 @@ class _Function(torch.autograd.Function):
         z_loss: float,
         ignore_index: int,
         dtype: torch.dtype,
+        hidden_needs_grad: bool,
+        weight_needs_grad: bool,
     ) -> tuple[Tensor, Tensor]:
         sums, d_hidden_ND, d_weight_VD = linear_cross_entropy_op(
             hidden_ND,
@@ -127,8 +139,8 @@ class _Function(torch.autograd.Function):
             z_loss,
             ignore_index,
             dtype,
-            hidden_ND.requires_grad,
-            weight_VD.requires_grad,
+            hidden_needs_grad,
+            weight_needs_grad,
         )
         ctx.save_for_backward(d_hidden_ND, d_weight_VD)
         ctx.dtypes = hidden_ND.dtype, weight_VD.dtype
@@ -144,7 +156,7 @@ class _Function(torch.autograd.Function):
         # In float32, because torch would round the factor itself to bf16.
         d_hidden = (d_hidden_ND.float() * grad).to(hidden_dtype) if needs_hidden else None
         d_weight = (d_weight_VD * grad).to(weight_dtype) if needs_weight else None
-        return d_hidden, d_weight, None, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
 @torch.library.custom_op("minicpm_kernels::linear_cross_entropy", mutates_args=())
@@ -165,7 +177,9 @@ def linear_cross_entropy_op(
     """
     use_triton = choose_backend(hidden_ND, "linear_cross_entropy").name == "triton"
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        if use_triton:  # the kernel passes over ignored rows itself, without telling the host how many there are
+        if (
+            use_triton
+        ):  # the kernel passes over ignored rows itself, without telling the host how many there are
             return _by_chunks(
                 hidden_ND.to(dtype), weight_VD.to(dtype), targets_N, logit_scale, z_loss, ignore_index,
                 hidden_needs_grad, weight_needs_grad, use_triton,
@@ -217,7 +231,7 @@ def _by_chunks(
     num_tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
     needs_grad = hidden_needs_grad or weight_needs_grad
     chunk = min(_CHUNK_TOKENS.get(hidden_ND.device.type, _CHUNK_TOKENS_DEFAULT), max(num_tokens, 1))
-    row_stride = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE
+    row_stride = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if use_triton else vocabulary
     buffer_CV = hidden_ND.new_empty(chunk, row_stride)[:, :vocabulary]
     sums = hidden_ND.new_zeros(2, dtype=torch.float32)
     d_hidden_ND = torch.empty_like(hidden_ND) if hidden_needs_grad else hidden_ND.new_empty(0)

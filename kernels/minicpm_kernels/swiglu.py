@@ -1,9 +1,59 @@
-"""SwiGLU on the merged output. (Reference only, by the lead, to unblock the model; helper C replaces it.)"""
+"""SwiGLU on the merged output of the gate and up projections, forward and backward in one pass each.
 
+Legend: N tokens, F feed-forward width. Any number of leading dimensions may stand for N.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minicpm_kernels.backend import choose_backend
+
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
-    gate, up = gate_up_N2F.chunk(2, -1)
-    return F.silu(gate) * up
+    """silu(gate) · up, where gate is the first half of the last dimension and up the second; (…, 2F) → (…, F).
+
+    Raises: ValueError if the last dimension is odd.
+    """
+    if gate_up_N2F.shape[-1] % 2:
+        raise ValueError(
+            f"the last dimension holds gate and up, so it must be even, not {gate_up_N2F.shape[-1]}"
+        )
+    out_NF: Tensor = _Swiglu.apply(gate_up_N2F)  # type: ignore[no-untyped-call]
+    return out_NF
+
+
+def swiglu_reference(gate_up_N2F: Tensor) -> Tensor:
+    """The definition, computed in float32."""
+    gate_NF, up_NF = gate_up_N2F.float().chunk(2, -1)
+    return (F.silu(gate_NF) * up_NF).to(gate_up_N2F.dtype)
+
+
+class _Swiglu(torch.autograd.Function):
+    """Saves only its input; the backward writes the merged gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_N2F: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_N2F)
+        if choose_backend(gate_up_N2F, "swiglu").name == "triton":
+            from minicpm_kernels.swiglu_triton import swiglu_fwd
+
+            return swiglu_fwd(gate_up_N2F)
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        return F.silu(gate_NF).mul_(up_NF)
+
+    @staticmethod
+    def backward(ctx: Any, d_out_NF: Tensor) -> Tensor:
+        (gate_up_N2F,) = ctx.saved_tensors
+        if choose_backend(gate_up_N2F, "swiglu").name == "triton":
+            from minicpm_kernels.swiglu_triton import swiglu_bwd
+
+            return swiglu_bwd(gate_up_N2F, d_out_NF)
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        d_gate_NF = torch.ops.aten.silu_backward(d_out_NF * up_NF, gate_NF)
+        d_up_NF = F.silu(gate_NF).mul_(d_out_NF)
+        return torch.cat([d_gate_NF, d_up_NF], -1)

@@ -63,7 +63,7 @@ def test_logits_equal_the_granite_oracle(tied):
     oracle.tie_weights()
     ids = random_ids(2, 37)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), oracle(ids).logits, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(model(ids), oracle(ids).logits, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
