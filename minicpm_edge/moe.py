@@ -32,7 +32,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_ND: Tensor) -> Tensor:
         """Route, compute, combine."""
-        out_ND, self.load_balance_loss, self.router_z_loss = moe(
+        out_ND, self.load_balance_loss, self.router_z_loss = moe_layer(
             x_ND, self.router.weight, self.gate_up, self.down, num_experts_per_tok=self.num_experts_per_tok
         )
         return out_ND
