@@ -107,7 +107,10 @@ def _apply(entries: dict[str, Any], setting: str) -> None:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        parsed = tomllib.loads(f"value = {text}")
+        if len(parsed) == 1:  # a line break could smuggle in a second key
+            return parsed["value"]
+        raise UserError(f"--set {key}: {text!r} is more than one value")
     except tomllib.TOMLDecodeError as error:
         # A shell eats the quotes of `--set precision="fp32"`: a bare word is a string.
         if text and text[0] not in "\"'[{" and "\n" not in text:
@@ -151,14 +154,17 @@ def _known_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
             yield from _known_keys(section, f"{prefix}{key}.")
 
 
-def _given_keys(entries: Mapping[str, Any], model: type[BaseModel], prefix: str) -> Iterator[str]:
+def _given_keys(entries: Mapping[str, Any], model: type[BaseModel] | None, prefix: str) -> Iterator[str]:
+    """Dotted names of all that is given; below a key that no section knows, all of its keys."""
     for key, value in entries.items():
-        yield prefix + key
-        section = _section_of(model, key) if key in model.model_fields else None
-        if section is not None:
-            for table in value if isinstance(value, list) else [value]:
-                if isinstance(table, dict):
-                    yield from _given_keys(table, section, f"{prefix}{key}.")
+        known = model is not None and key in model.model_fields
+        section = _section_of(model, key) if model is not None and known else None
+        tables = [table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)]
+        if known or not any(tables):
+            yield prefix + key
+        if section is not None or not known:
+            for table in tables:
+                yield from _given_keys(table, section, f"{prefix}{key}.")
 
 
 def _first_problem(error: ValidationError) -> str:
