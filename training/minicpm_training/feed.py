@@ -2,22 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
+from minicpm_edge.errors import UserError
 from minicpm_edge.tokenizer import Tokenizer
-from minicpm_training.data.batches import Batch, rows_to_batch
+from minicpm_training.data.batches import Batch, BatchStream
+from minicpm_training.data.mixture import RowPlan, Stage
 from minicpm_training.data.token_set import TokenSet
-from minicpm_training.recipe import Recipe
+from minicpm_training.recipe import Recipe, Source
 from minicpm_training.trainer import Feed
 
 
 def open_feed(recipe: Recipe, tokenizer: Tokenizer) -> Feed:
-    T = recipe.data.sequence_length
-    tokens = TokenSet.open(recipe.data.stable[0].path)
-    num = tokens.num_rows(T)
+    """The recipe's batches.
+
+    Raises :class:`UserError` for a set that is missing, damaged, too short, or of another tokenizer.
+    """
+    length = recipe.data.sequence_length
+    stages = [_stage(recipe.data.stable, recipe.trunk_steps * recipe.rows_per_step)]
+    if recipe.schedule.decay_tokens:
+        num_decay_steps = recipe.total_steps - recipe.trunk_steps
+        stages.append(_stage(recipe.data.decay_or_stable, num_decay_steps * recipe.rows_per_step))
+    sets = _open_sets((path for stage in stages for path, _ in stage.weights), tokenizer)
+    num_rows = {path: tokens.num_rows(length) for path, tokens in sets.items()}
+    plan = RowPlan(seed=recipe.seed, stages=stages, num_rows=num_rows)
+    stream = BatchStream(sets=sets, plan=plan, sequence_length=length)
 
     def feed(step: int) -> list[Batch]:
-        first = step * recipe.rows_per_step
-        rows = [row * 7919 % num for row in range(first, first + recipe.rows_per_step)]
-        size = recipe.rows_per_micro_batch
-        return [rows_to_batch(tokens, rows[i : i + size], T) for i in range(0, len(rows), size)]
+        end = (step + 1) * recipe.rows_per_step
+        starts = range(step * recipe.rows_per_step, end, recipe.rows_per_micro_batch)
+        return [stream.batch(start, min(recipe.rows_per_micro_batch, end - start)) for start in starts]
 
     return feed
+
+
+def _stage(sources: tuple[Source, ...], num_rows: int) -> Stage:
+    return Stage(num_rows=num_rows, weights=tuple((source.path, source.weight) for source in sources))
+
+
+def _open_sets(paths: Iterable[str], tokenizer: Tokenizer) -> dict[str, TokenSet]:
+    sets: dict[str, TokenSet] = {}
+    for path in paths:
+        if path not in sets:
+            tokens = TokenSet.open(Path(path))
+            if tokens.tokenizer_sha256 != tokenizer.sha256:
+                raise UserError(f"{path} was prepared with another tokenizer than data.tokenizer: prepare it again")
+            sets[path] = tokens
+    return sets
