@@ -35,6 +35,7 @@ def mend() -> None:
     interpreter._patch_lang(tl.zeros.fn)
     _mend_bf16_arithmetic(interpreter, tl)
     _mend_bf16_casts(interpreter, tl)
+    _add_descriptor_reduce(interpreter)
     _mend_scalar_index(interpreter)
     _mend_device_calls(interpreter, triton)
 
@@ -111,6 +112,24 @@ def _mend_bf16_casts(interpreter: Any, tl: Any) -> None:
     builder.cast_impl = by_value(builder.cast_impl)
     builder.create_fp_to_fp = by_value(builder.create_fp_to_fp)
     builder.get_bf16 = get_bf16
+
+
+def _add_descriptor_reduce(interpreter: Any) -> None:
+    """Give the interpreter the TMA reduction, ``desc.atomic_add``, which it lacks; only for additions."""
+    from triton._C.libtriton import ir
+
+    def create_descriptor_reduce(self: Any, kind: Any, descriptor: Any, value: Any, indices: Any) -> None:
+        if kind != ir.DESCRIPTOR_REDUCE_KIND.ADD:
+            raise NotImplementedError(
+                f"the interpreter reduces through a descriptor by addition only, not {kind}"
+            )
+        # Programs run one after another here, so loading and storing needs no atomic operation.
+        pointers, mask = descriptor.materialize_pointers(indices)
+        mask = interpreter.TensorHandle(mask, value.dtype)
+        held = self.create_masked_load(pointers, mask, None, None, None, False)
+        self.create_masked_store(pointers, self.create_fadd(held, value), mask, None, None)
+
+    interpreter.InterpreterBuilder.create_descriptor_reduce = create_descriptor_reduce
 
 
 def _mend_scalar_index(interpreter: Any) -> None:
