@@ -6,12 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minicpm_edge.checkpoint import read_json
 from minicpm_edge.config import ModelConfig
-from minicpm_edge.errors import UserError
 from minicpm_edge.model import count_parameters
 from minicpm_edge.progress import duration
 from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training.data.token_set import TokenSet
 from minicpm_training.hardware import choose_device, choose_precision, flops_per_token, peak_flops
 from minicpm_training.recipe import Recipe, Source
 from minicpm_training.session import model_config
@@ -165,9 +164,4 @@ def _mixture(sources: tuple[Source, ...], tokens: int) -> list[dict[str, Any]]:
 
 
 def _num_tokens(folder: Path) -> int | None:
-    if not folder.exists():
-        return None
-    num_tokens = read_json(folder / "manifest.json").get("num_tokens")
-    if not isinstance(num_tokens, int) or num_tokens < 1:
-        raise UserError(f"{folder} is not a prepared set: make one with `minicpm-edge data prepare`")
-    return num_tokens
+    return TokenSet.open(folder).num_tokens if folder.exists() else None

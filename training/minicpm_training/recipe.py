@@ -91,6 +91,18 @@ class DataSection(Section):
     decay: tuple[Source, ...] = ()  # empty: the decay goes on with the stable mixture
     valid: tuple[ValidationSet, ...] = ()
 
+    @model_validator(mode="after")
+    def _distinct(self) -> DataSection:
+        for key, names in {
+            "data.stable": [source.path for source in self.stable],
+            "data.decay": [source.path for source in self.decay],
+            "data.valid": [entry.label for entry in self.valid],
+        }.items():
+            for name in names:
+                if names.count(name) > 1:
+                    raise ValueError(f"{key} names {name!r} twice: give it once, with the weight of both")
+        return self
+
     @property
     def decay_or_stable(self) -> tuple[Source, ...]:
         return self.decay or self.stable
