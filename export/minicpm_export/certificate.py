@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,16 +40,16 @@ class Runtime(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Thresholds:
-    """The worst that passes; KL in nats. A figure that is not a number never passes."""
+    """The worst that passes; KL in nats. A figure that is not a number never passes.
+
+    ``max_logit_difference`` holds for logits that spread by 1; where the model's spread more it grows with them, since
+    so does the rounding of fp32 (llama.cpp's rotary angles drift with the position, the largest part of it).
+    """
 
     mean_kl: float
     p99_kl: float
     top1_agreement: float
     max_logit_difference: float = math.inf
-
-    def without_logits(self) -> Thresholds:
-        """The same without a limit on single logits, for a runtime that rounds its cache."""
-        return replace(self, max_logit_difference=math.inf)
 
 
 # Lossless forms must be the same function. The others are several times what trained models of 3-10 million parameters
@@ -58,12 +58,12 @@ class Thresholds:
 THRESHOLDS: Mapping[str, Thresholds] = {
     "exact": Thresholds(mean_kl=0.0, p99_kl=0.0, top1_agreement=1.0, max_logit_difference=0.0),
     "F32": Thresholds(mean_kl=1e-5, p99_kl=1e-4, top1_agreement=0.99, max_logit_difference=1e-3),
-    "F16": Thresholds(mean_kl=1e-3, p99_kl=1e-2, top1_agreement=0.98),
-    "BF16": Thresholds(mean_kl=0.01, p99_kl=0.1, top1_agreement=0.95),
-    "Q8_0": Thresholds(mean_kl=0.02, p99_kl=0.2, top1_agreement=0.92),
-    "INT8": Thresholds(mean_kl=0.02, p99_kl=0.2, top1_agreement=0.92),
-    "Q6_K": Thresholds(mean_kl=0.05, p99_kl=0.5, top1_agreement=0.88),
-    "Q5_K_M": Thresholds(mean_kl=0.1, p99_kl=1.0, top1_agreement=0.82),
+    "F16": Thresholds(mean_kl=5e-3, p99_kl=0.05, top1_agreement=0.97),
+    "BF16": Thresholds(mean_kl=0.02, p99_kl=0.3, top1_agreement=0.95),
+    "Q8_0": Thresholds(mean_kl=0.03, p99_kl=0.5, top1_agreement=0.92),
+    "INT8": Thresholds(mean_kl=0.03, p99_kl=0.5, top1_agreement=0.92),
+    "Q6_K": Thresholds(mean_kl=0.08, p99_kl=0.8, top1_agreement=0.88),
+    "Q5_K_M": Thresholds(mean_kl=0.15, p99_kl=1.2, top1_agreement=0.82),
     "Q4_K_M": Thresholds(mean_kl=0.3, p99_kl=2.0, top1_agreement=0.70),
     "Q4_0": Thresholds(mean_kl=0.5, p99_kl=3.0, top1_agreement=0.65),
 }
@@ -84,7 +84,11 @@ class Check:
         worst = [
             ("mean KL", got.mean_kl, limit.mean_kl),
             ("99th-percentile KL", got.p99_kl, limit.p99_kl),
-            ("largest logit difference", got.max_logit_difference, limit.max_logit_difference),
+            (
+                "largest logit difference",
+                got.max_logit_difference,
+                limit.max_logit_difference * max(1.0, got.logit_std),
+            ),
         ]
         found = [f"{name} {value:.3g} (limit {most:.3g})" for name, value, most in worst if not value <= most]
         if not got.top1_agreement >= limit.top1_agreement:
@@ -130,10 +134,13 @@ class Certificate:
         return entry
 
 
-def compare(reference: Runtime, export: Runtime, windows: Sequence[Window]) -> Measures:
+def compare(
+    reference: Runtime, export: Runtime, windows: Sequence[Window], report: Callable[[str], None]
+) -> Measures:
     """Both models over the windows, one window's logits in memory at a time."""
     comparison = Comparison()
-    for window in windows:
+    for number, window in enumerate(windows, 1):
+        report(f"certificate: window {number}/{len(windows)} in {export.name}")
         expected, got = reference.logits(window.ids), export.logits(window.ids)
         comparison.add(expected, got, np.asarray(window.targets))
     return comparison.measures()
@@ -207,8 +214,7 @@ def table(certificate: Certificate) -> str:
     positions = certificate.checks[0].measures.num_positions
     lines.append(f"{positions} positions of {certificate.held_out}, in {certificate.checks[0].runtime}")
     lines += certificate.notes
-    for name, digest in certificate.sha256.items():
-        lines.append(f"sha256 {digest}  {name}")
+    lines.append(f"sha256 {certificate.sha256[certificate.file]}")
     lines += [f"FAILED: {line}" for line in certificate.failures]
     return "\n".join(lines)
 

@@ -51,6 +51,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"GGUF: {', '.join(GGUF_TYPES)} (default Q4_K_M); ONNX: {', '.join(ONNX_TYPES)} (default both)",
     )
     parser.add_argument(
+        "--architecture",
+        choices=("minicpm", "granite"),
+        default="minicpm",
+        help="HF: the name in config.json; granite computes the same and is what transformers knows",
+    )
+    parser.add_argument(
         "--out", type=Path, metavar="PATH", help="file or folder to write (default: in the run's exports/)"
     )
     parser.add_argument(
@@ -97,7 +103,7 @@ def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
 
         def show(certificate: Certificate) -> None:
             if not arguments.json:
-                progress.finish("")
+                progress.finish()
                 print(f"{certificate.file}\n{table(certificate)}\n")
 
         request = Request(
@@ -120,7 +126,7 @@ def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
             if arguments.form == "hf":
                 from minicpm_export.huggingface import export_huggingface
 
-                certificates = [export_huggingface(request, out)]
+                certificates = [export_huggingface(request, out, architecture=arguments.architecture)]
             else:
                 from minicpm_export.onnx_job import export_onnx
 

@@ -7,17 +7,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from minicpm_edge.atomic import atomic_file
-from minicpm_edge.checkpoint import read_config
+from minicpm_edge.checkpoint import read_config, sha256
 from minicpm_edge.tokenizer import Tokenizer
 from minicpm_export import certificate
-from minicpm_export.certificate import THRESHOLDS, Certificate, Check, Runtime, compare, hashes
+from minicpm_export.certificate import THRESHOLDS, Certificate, Check, Runtime, compare
 from minicpm_export.destination import rejected
 from minicpm_export.gguf import FLOAT_TYPES, write_gguf
 from minicpm_export.llama_runtime import LlamaRuntime
 from minicpm_export.quantize import fallbacks, quantize, tensor_types
 from minicpm_export.request import Request
 from minicpm_export.torch_runtime import TorchRuntime
-from minicpm_export.windows import HeldOut, Window, built_in_text, held_out
+from minicpm_export.windows import Window, built_in_text, held_out
 
 # Strings on which tokenizers differ most readily; the long list is in the tests.
 NASTY = (
@@ -41,19 +41,26 @@ def export_gguf(request: Request, out: Path, quant: str) -> Certificate:
     tokenizer = Tokenizer.load(folder)
     text = held_out(tokenizer, read_config(folder), text=request.text, run=request.run)
     with atomic_file(out) as temporary, _written(request, temporary, quant) as full:
-        request.report("certificate: reading the file back")
         reference = TorchRuntime(folder)
-        checks = _checks(reference, temporary, text, quant, request)
-        if (
-            full is not None
-        ):  # tight limits on the unquantised weights: a wrong map cannot hide behind rounding
-            checks.append(_check("before quantising", reference, full, text.windows[:1], "F32"))
-        names = {temporary.name: out.name}
+        checks = [
+            _check(quant, reference, temporary, text.windows, quant, request),
+            _check(
+                "… with llama.cpp's F16 cache",
+                reference,
+                temporary,
+                text.windows[:1],
+                quant,
+                request,
+                defaults=True,
+            ),
+        ]
+        if full is not None:  # with tight limits: a wrong map cannot hide behind rounding
+            checks.append(_check("before quantising", reference, full, text.windows[:1], "F32", request))
         made = Certificate(
             file=out.name,
             quant=quant,
             num_bytes=temporary.stat().st_size,
-            sha256={names[name]: digest for name, digest in hashes([temporary], temporary.parent).items()},
+            sha256={out.name: sha256(temporary)},
             model=request.name,
             model_sha256=request.model_sha256(),
             held_out=text.name,
@@ -85,27 +92,20 @@ def _written(request: Request, out: Path, quant: str) -> Iterator[Path | None]:
         full.unlink(missing_ok=True)
 
 
-def _checks(reference: Runtime, file: Path, text: HeldOut, quant: str, request: Request) -> list[Check]:
-    request.report(f"certificate: {len(text.windows)} windows in llama.cpp and torch")
-    return [
-        _check(quant, reference, file, text.windows, quant),
-        _check("… with llama.cpp's F16 cache", reference, file, text.windows[:1], quant, defaults=True),
-    ]
-
-
 def _check(
     what: str,
     reference: Runtime,
     file: Path,
     windows: Sequence[Window],
     limits: str,
+    request: Request,
     *,
     defaults: bool = False,
 ) -> Check:
     length = max(len(window.ids) for window in windows)
     with LlamaRuntime(file, context_length=length, defaults=defaults) as runtime:
-        measures = compare(reference, runtime, windows)
-        thresholds = THRESHOLDS[limits].without_logits() if defaults else THRESHOLDS[limits]
+        measures = compare(reference, runtime, windows, request.report)
+        thresholds = THRESHOLDS["F16" if defaults and limits == "F32" else limits]
         return Check(what=what, runtime=runtime.name, measures=measures, thresholds=thresholds)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.load import default_threads
+from minicpm_export.threads import num_threads
 
 ERROR_LEVEL, CONTINUED_LEVEL = 4, 5  # ggml_log_level
 F32_CACHE, NO_FLASH_ATTENTION = 0, 0  # ggml_type, llama_flash_attn_type
@@ -77,7 +77,7 @@ class LlamaRuntime:
                 params.type_k = params.type_v = F32_CACHE
                 params.flash_attn_type = NO_FLASH_ATTENTION
             params.no_perf = True
-            params.n_threads = params.n_threads_batch = default_threads()
+            params.n_threads = params.n_threads_batch = num_threads()
             self._context = llama_cpp.llama_init_from_model(self._model, params)
         if not self._context:
             self.close()

@@ -26,6 +26,8 @@ class Measures:
     reference_perplexity: float
     export_perplexity: float
     max_logit_difference: float
+    logit_std: float
+    """Spread of the reference's logits over the vocabulary: the unit in which a difference of logits is small."""
 
 
 class Comparison:
@@ -40,7 +42,7 @@ class Comparison:
         self._num_agreeing = 0
         self._reference_nll = self._export_nll = 0.0
         self._num_targets = 0
-        self._max_logit_difference = 0.0
+        self._max_logit_difference = self._variance = 0.0
 
     def add(
         self,
@@ -67,6 +69,7 @@ class Comparison:
         difference = float(np.abs(p_TV.astype(np.float64) - q_TV).max())
         # `max` would drop a NaN, and a runtime that computes NaN must not pass for one that agrees.
         self._max_logit_difference = float(np.maximum(self._max_logit_difference, difference))
+        self._variance += float(p_TV.var(axis=1, dtype=np.float64).sum())
         rows = np.flatnonzero(targets_T >= 0)
         self._reference_nll -= float(log_p_TV[rows, targets_T[rows]].sum())
         self._export_nll -= float(log_q_TV[rows, targets_T[rows]].sum())
@@ -86,6 +89,7 @@ class Comparison:
             reference_perplexity=_perplexity(self._reference_nll, self._num_targets),
             export_perplexity=_perplexity(self._export_nll, self._num_targets),
             max_logit_difference=self._max_logit_difference,
+            logit_std=math.sqrt(self._variance / len(kl)),
         )
 
 

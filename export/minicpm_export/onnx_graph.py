@@ -260,19 +260,21 @@ def _norm(
 
 
 def _inputs(config: ModelConfig) -> Iterator[onnx.ValueInfoProto]:
-    yield helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch", "sequence"])
-    yield helper.make_tensor_value_info("attention_mask", TensorProto.INT64, ["batch", "total_sequence"])
-    yield from _cache(config, "past_key_values", "past_sequence")
+    yield helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["batch_size", "sequence_length"])
+    yield helper.make_tensor_value_info(
+        "attention_mask", TensorProto.INT64, ["batch_size", "total_sequence_length"]
+    )
+    yield from _cache(config, "past_key_values", "past_sequence_length")
 
 
 def _outputs(config: ModelConfig) -> Iterator[onnx.ValueInfoProto]:
-    shape: list[str | int] = ["batch", "sequence", config.vocab_size]
+    shape: list[str | int] = ["batch_size", "sequence_length", config.vocab_size]
     yield helper.make_tensor_value_info("logits", TensorProto.FLOAT, shape)
-    yield from _cache(config, "present", "total_sequence")
+    yield from _cache(config, "present", "total_sequence_length")
 
 
 def _cache(config: ModelConfig, prefix: str, length: str) -> Iterator[onnx.ValueInfoProto]:
-    shape: list[str | int] = ["batch", config.num_key_value_heads, length, config.head_dim]
+    shape: list[str | int] = ["batch_size", config.num_key_value_heads, length, config.head_dim]
     for layer in range(config.num_hidden_layers):
         for part in CACHE:
             yield helper.make_tensor_value_info(f"{prefix}.{layer}.{part}", TensorProto.FLOAT, shape)

@@ -47,7 +47,6 @@ def export_onnx(request: Request, out: Path, quants: Sequence[str]) -> list[Cert
         _write_settings(temporary, config, tokenizer, quants, external)
         reference = TorchRuntime(folder)
         for quant in quants:
-            request.report(f"certificate: {FILES[quant][0]} in ONNX Runtime and torch")
             made.append(_certify(request, reference, temporary, quant, text))
             certificate.write(temporary, made[-1])
             request.show(made[-1])
@@ -131,7 +130,7 @@ def _certify(request: Request, reference: Runtime, folder: Path, quant: str, tex
         ("… through its cache", text.windows[:1], True),
     ):
         runtime = OrtRuntime(folder / name, through_cache=through_cache)
-        measures = compare(reference, runtime, windows)
+        measures = compare(reference, runtime, windows, request.report)
         checks.append(Check(what=what, runtime=runtime.name, measures=measures, thresholds=THRESHOLDS[quant]))
     own = [file for file in sorted((folder / "onnx").iterdir()) if file.name.startswith(Path(name).name)]
     settings = [

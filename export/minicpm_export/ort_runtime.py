@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpm_edge.load import default_threads
+from minicpm_export.threads import num_threads
 
 SINGLE_STEPS = 16
 
@@ -34,7 +34,7 @@ class OrtRuntime:
         self._through_cache = through_cache
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        options.intra_op_num_threads = default_threads()
+        options.intra_op_num_threads = num_threads()
         self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._past = {
             entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)

@@ -10,8 +10,8 @@ import llama_cpp
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.load import default_threads
 from minicpm_export.llama_runtime import quiet_log
+from minicpm_export.threads import num_threads
 
 QUANTISED_TYPES: Mapping[str, LlamaFileType] = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
@@ -36,7 +36,7 @@ def quantize(source: Path, out: Path, quant: str) -> None:
     """Write ``source`` (a GGUF in F32) to ``out`` in the given type. Not atomic by itself."""
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype = int(QUANTISED_TYPES[quant])
-    params.nthread = default_threads()
+    params.nthread = num_threads()
     if hasattr(params, "max_buf_size"):  # since llama-cpp-python 0.3.36
         params.max_buf_size = MAX_BUFFER_BYTES
     with quiet_log() as errors:

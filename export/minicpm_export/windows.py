@@ -89,7 +89,9 @@ def _cut(tokens: Sequence[int], tokenizer: Tokenizer, length: int) -> tuple[Wind
     for start in range(0, min(len(tokens), NUM_WINDOWS * step), step):
         following = list(tokens[start : start + length])
         ids = [tokenizer.bos_id, *following[:step]]
-        targets = following + [-1] * (len(ids) - len(following))
+        following += [-1] * (len(ids) - len(following))
+        # What follows the end of a document is another document: nothing that a model could know.
+        targets = [-1 if ids[at] == tokenizer.eos_id else token for at, token in enumerate(following)]
         windows.append(Window(ids=ids, targets=targets))
     return tuple(windows)
 

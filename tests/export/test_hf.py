@@ -1,0 +1,84 @@
+"""The Hugging Face folder: the same bits, the same function, also as `transformers` reads it."""
+
+import json
+
+import pytest
+import torch
+from minicpm_export import certificate
+from minicpm_export.huggingface import export_huggingface
+from minicpm_export.request import Request
+
+from minicpm_edge.checkpoint import load_checkpoint, published_tensors, read_config, save_checkpoint
+from minicpm_edge.errors import UserError
+from minicpm_edge.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes", [{}, {"tie_word_embeddings": False}, {"num_experts": 4, "num_experts_per_tok": 2}]
+)
+def test_it_loads_back_equal_to_the_bit(changes, dtype, make_model, tmp_path):
+    source = make_model(**changes)
+    if dtype != torch.float32:
+        model = load_checkpoint(source, dtype=dtype)
+        source = tmp_path / "source"
+        save_checkpoint(source, model, tokenizer=make_model(**changes))
+    made = export_huggingface(Request(folder=source, name="m"), tmp_path / "out")
+    assert made.passed and made.checks[0].measures.max_logit_difference == 0.0
+    ours, theirs = published_tensors(source), published_tensors(tmp_path / "out")
+    assert list(ours) == list(theirs)
+    for name, tensor in ours.items():
+        assert theirs[name].dtype == dtype
+        assert torch.equal(tensor.read().view(torch.uint8), theirs[name].read().view(torch.uint8)), name
+    assert read_config(source) == read_config(tmp_path / "out")
+    text = "A tokenizer's ids, 12345 of them."
+    assert Tokenizer.load(source).encode(text) == Tokenizer.load(tmp_path / "out").encode(text)
+
+
+def test_the_folder_is_complete_and_says_what_it_is(make_model, tmp_path):
+    made = export_huggingface(Request(folder=make_model(), name="m"), tmp_path / "out")
+    names = {file.name for file in (tmp_path / "out").iterdir()}
+    assert names == {
+        "certificate.json", "config.json", "generation_config.json", "model.safetensors",
+        "tokenizer.json", "tokenizer_config.json",
+    }  # fmt: skip
+    config = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == ["MiniCPMForCausalLM"] and config["torch_dtype"] == "float32"
+    generation = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert generation == {"bos_token_id": 1, "eos_token_id": [2, 4], "pad_token_id": 0}
+    assert set(made.sha256) == names - {"certificate.json"}
+    assert list(certificate.read(tmp_path / "out")["certificates"]) == ["model.safetensors"]
+
+
+def test_sharded_folders_are_copied_whole(make_model, tmp_path, monkeypatch):
+    from minicpm_edge import checkpoint
+
+    monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 1 << 20)
+    save_checkpoint(tmp_path / "source", load_checkpoint(make_model()), tokenizer=make_model())
+    shards = sorted(file.name for file in (tmp_path / "source").glob("*.safetensors"))
+    assert len(shards) > 2
+    made = export_huggingface(Request(folder=tmp_path / "source", name="m"), tmp_path / "out")
+    assert made.passed
+    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
+
+
+def test_transformers_computes_the_same_from_the_granite_folder(make_model, token_ids, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    source = make_model(tie_word_embeddings=False)
+    export_huggingface(Request(folder=source, name="m"), tmp_path / "out", architecture="granite")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__name__ == "GraniteForCausalLM"
+    ids = torch.tensor([token_ids])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, load_checkpoint(source)(ids), atol=1e-4, rtol=0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer("Hello there, 2024!")["input_ids"] == Tokenizer.load(source).encode(
+        "Hello there, 2024!", bos=True
+    )
+
+
+def test_a_mixture_has_no_granite_form(make_model, tmp_path):
+    source = make_model(num_experts=4, num_experts_per_tok=2)
+    with pytest.raises(UserError, match="Granite"):
+        export_huggingface(Request(folder=source, name="m"), tmp_path / "out", architecture="granite")
+    assert not (tmp_path / "out").exists()
