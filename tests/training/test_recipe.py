@@ -1,9 +1,10 @@
 """Recipes: defaults < file < --set, unknown keys, ranges, and the way back to TOML."""
 
 import pytest
-from minicpm_edge.errors import UserError
 from minicpm_training.recipe import Recipe
 from minicpm_training.recipe_file import load_recipe, shipped_recipes, to_toml
+
+from minicpm_edge.errors import UserError
 
 SMALLEST = """
 [data]
@@ -23,7 +24,12 @@ def recipe_file(tmp_path):
 
 def test_defaults_are_overridden_by_the_file_and_the_file_by_set(recipe_file):
     assert load_recipe(str(recipe_file)).schedule.peak_lr == 0.02
-    settings = ["schedule.peak_lr=0.005", "model.num_hidden_layers=2", "precision=fp32", "schedule.form=1-sqrt"]
+    settings = [
+        "schedule.peak_lr=0.005",
+        "model.num_hidden_layers=2",
+        "precision=fp32",
+        "schedule.form=1-sqrt",
+    ]
     recipe = load_recipe(str(recipe_file), [*settings, 'data.decay=[{path="b", weight=3}]'])
     assert recipe.schedule.peak_lr == 0.005
     assert recipe.model.config().num_hidden_layers == 2
@@ -91,7 +97,7 @@ def test_cosine_has_no_decay_stage(recipe_file):
 
 
 def test_missing_things_are_named(tmp_path):
-    with pytest.raises(UserError, match="data.* is missing: give it"):
+    with pytest.raises(UserError, match=r"data.* is missing: give it"):
         load_recipe(None)
     with pytest.raises(UserError, match=r"no recipe file 'nowhere\.toml'; shipped recipes: .*tiny"):
         load_recipe("nowhere.toml")

@@ -93,7 +93,9 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise UserError("log.tensorboard needs the package 'tensorboard': pip install tensorboard") from None
+            raise UserError(
+                "log.tensorboard needs the package 'tensorboard': pip install tensorboard"
+            ) from None
         self._writer = SummaryWriter(str(branch.folder / "tensorboard"))
 
     def __call__(self, line: Mapping[str, Any]) -> None:

@@ -54,7 +54,9 @@ def _train(arguments: argparse.Namespace) -> int:
 def _add_decay(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", metavar="RUN", help="a run's folder, or its name under runs/")
     parser.add_argument("--at", type=int, metavar="STEP", help="the trunk's checkpoint (default: the newest)")
-    parser.add_argument("--tokens", type=int, required=True, metavar="N", help="length of the decay in tokens")
+    parser.add_argument(
+        "--tokens", type=int, required=True, metavar="N", help="length of the decay in tokens"
+    )
     parser.add_argument(
         "--data", metavar="RECIPE", help="take the decay's mixture (data.decay) from this recipe"
     )
@@ -69,7 +71,9 @@ def _decay(arguments: argparse.Namespace) -> int:
 
 
 def _add_runs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("root", nargs="?", type=Path, default=Path("runs"), help="where runs lie (%(default)s)")
+    parser.add_argument(
+        "root", nargs="?", type=Path, default=Path("runs"), help="where runs lie (%(default)s)"
+    )
     _add_json(parser, "the list")
 
 

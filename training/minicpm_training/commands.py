@@ -6,7 +6,6 @@ import argparse
 import json
 import tomllib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from minicpm_edge.cli import EXIT_INTERRUPTED
@@ -69,7 +68,9 @@ def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings
     if trunk.schedule.kind != "wsd":
         raise UserError("a cosine run has no stable stage to branch from: decays are for schedule.kind 'wsd'")
     if at < trunk.warmup_steps:
-        raise UserError(f"step {at} is still in warm-up (it ends at {trunk.warmup_steps}): branch from a later one")
+        raise UserError(
+            f"step {at} is still in warm-up (it ends at {trunk.warmup_steps}): branch from a later one"
+        )
     if tokens < 1:
         raise UserError(f"--tokens {tokens}: a decay needs at least one token")
     entries = tomllib.loads(to_toml(trunk))
@@ -141,7 +142,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     for name, result in results.items():
         print(
             f"{name}: {result['bits_per_byte']:.4f} bits per byte, perplexity {result['perplexity']:.2f} per token, "
-            f"{result['num_tokens']:,} tokens of {result['num_documents']:,} documents"
+            f"{result['num_tokens']:,} tokens"
         )
     return 0
 
@@ -195,7 +196,11 @@ def _refuse_changes(saved: Recipe, asked: Recipe, what: str) -> None:
 def _flatten(recipe: Recipe) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in recipe.model_dump().items():
-        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if isinstance(value, dict) else {key: value}
+        flat |= (
+            {f"{key}.{inner}": item for inner, item in value.items()}
+            if isinstance(value, dict)
+            else {key: value}
+        )
     return flat
 
 
@@ -261,7 +266,7 @@ def _describe(run: Run) -> dict[str, Any]:
 
 def _last(branch: Branch) -> dict[str, Any]:
     lines = branch.metrics()
-    last = next((line for line in reversed(lines) if "loss" in line), {})
+    last: dict[str, Any] = next((line for line in reversed(lines) if "loss" in line), {})
     valid = next((line["valid"] for line in reversed(lines) if "valid" in line), None)
     return {key: last.get(key) for key in ("step", "tokens", "loss")} | {"valid_bits_per_byte": valid}
 

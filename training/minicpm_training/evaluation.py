@@ -48,6 +48,16 @@ class ValidationResult:
         """Per token; infinite where it has no float."""
         return math.exp(self.loss) if self.loss < 700.0 else math.inf
 
+    def to_dict(self) -> dict[str, float]:
+        """Everything, for ``--json``."""
+        return {
+            "bits_per_byte": self.bits_per_byte,
+            "perplexity": self.perplexity,
+            "loss": self.loss,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
@@ -77,7 +87,9 @@ class Validation:
         """Open a prepared set. Raises :class:`UserError` where it is of another tokenizer or holds no whole row."""
         tokens = TokenSet.open(folder)
         if tokens.tokenizer_sha256 != tokenizer.sha256:
-            raise UserError(f"{folder} was prepared with another tokenizer: prepare it again with the model's own")
+            raise UserError(
+                f"{folder} was prepared with another tokenizer: prepare it again with the model's own"
+            )
         sequence_length = min(sequence_length, tokens.num_tokens - 1)
         num_rows = tokens.num_rows(sequence_length)
         if num_rows < 1:
@@ -105,7 +117,9 @@ class Validation:
         model.eval()
         with torch.no_grad(), autocast():
             for start in range(0, len(self.rows), rows_at_once):
-                batch = rows_to_batch(self.tokens, self.rows[start : start + rows_at_once], self.sequence_length)
+                batch = rows_to_batch(
+                    self.tokens, self.rows[start : start + rows_at_once], self.sequence_length
+                )
                 targets = batch.targets_BT[batch.targets_BT >= 0].numpy()
                 on_device = batch.to(device)
                 loss = model.loss(

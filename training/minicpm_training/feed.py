@@ -47,6 +47,8 @@ def _open_sets(paths: Iterable[str], tokenizer: Tokenizer) -> dict[str, TokenSet
         if path not in sets:
             tokens = TokenSet.open(Path(path))
             if tokens.tokenizer_sha256 != tokenizer.sha256:
-                raise UserError(f"{path} was prepared with another tokenizer than data.tokenizer: prepare it again")
+                raise UserError(
+                    f"{path} was prepared with another tokenizer than data.tokenizer: prepare it again"
+                )
             sets[path] = tokens
     return sets

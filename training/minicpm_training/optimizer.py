@@ -79,6 +79,8 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: Mapping[
             tensor = tensors.get(f"{name}.{key}")
             expected = parameter.shape if key != "step" else torch.Size([])
             if tensor is None or tensor.shape != expected:
-                raise UserError(f"optimizer.safetensors does not fit the model: {name}.{key} is missing or misshapen")
+                raise UserError(
+                    f"optimizer.safetensors does not fit the model: {name}.{key} is missing or misshapen"
+                )
             state[key] = tensor.to(device=parameter.device, dtype=torch.float32)
         optimizer.state[parameter] = state

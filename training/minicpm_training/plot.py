@@ -25,7 +25,7 @@ def plot_run(run: Run, target: Path | None = None) -> Path:
     loss_axes, validation_axes = figure.subplots(1, 2, width_ratios=(3, 2))
     names: dict[str, str] = {}
     for branch, label in _branches(run):
-        lines = branch.metrics()
+        lines = [*_branch_point(run, branch), *branch.metrics()]
         colour = _plot_loss(loss_axes, lines, label)
         _plot_validation(validation_axes, lines, label, colour, names)
     loss_axes.set(title=run.name, xlabel="tokens", ylabel="loss (nats per token)")
@@ -56,6 +56,15 @@ def _branches(run: Run) -> list[tuple[Branch, str]]:
     return [(run.trunk, "trunk"), *((branch, f"decay {branch.folder.name}") for branch in run.decays())]
 
 
+def _branch_point(run: Run, branch: Branch) -> list[dict[str, Any]]:
+    """The trunk's validation where a decay left it, so that the decay's line starts there."""
+    lines = branch.metrics()
+    if branch == run.trunk or not lines:
+        return []
+    before = [line for line in run.trunk.metrics() if "valid" in line and line["step"] < lines[0]["step"]]
+    return before[-1:] if before and before[-1]["step"] == lines[0]["step"] - 1 else []
+
+
 def _plot_loss(axes: Any, lines: Sequence[dict[str, Any]], label: str) -> str:
     points = [(line["tokens"], line["loss"]) for line in lines if "loss" in line]
     if not points:
@@ -76,7 +85,9 @@ def _plot_validation(
             series.setdefault(name, []).append((line["tokens"], bits))
     for name, points in series.items():
         marker = markers.setdefault(name, "os^Dvp*X"[len(markers) % 8])
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=f"{name}, {label}")
+        axes.plot(
+            *zip(*points, strict=True), marker=marker, markersize=4, color=colour, label=f"{name}, {label}"
+        )
 
 
 def _crop_start(axes: Any) -> None:

@@ -23,7 +23,9 @@ Tokens = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Steps = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Size = Annotated[int, Field(ge=1, lt=1 << 24)]
 # Absolute, so that `train --resume` works from any folder. An empty path is the mark of a place to fill in.
-Folder = Annotated[str, Field(min_length=1), AfterValidator(lambda text: Path(text).expanduser().absolute().as_posix())]
+Folder = Annotated[
+    str, Field(min_length=1), AfterValidator(lambda text: Path(text).expanduser().absolute().as_posix())
+]
 
 
 class Section(BaseModel):
@@ -124,10 +126,18 @@ class ScheduleSection(Section):
     def _consistent(self) -> ScheduleSection:
         if self.kind == "cosine" and self.decay_tokens:
             raise ValueError("schedule.kind 'cosine' has no decay stage: set schedule.decay_tokens to 0")
-        if self.kind == "wsd" and self.form == "exponential" and not (self.half_life_tokens or 0 < self.floor < 1):
-            raise ValueError("an exponential decay never meets a floor of 0 or 1: set schedule.half_life_tokens")
+        if (
+            self.kind == "wsd"
+            and self.form == "exponential"
+            and not (self.half_life_tokens or 0 < self.floor < 1)
+        ):
+            raise ValueError(
+                "an exponential decay never meets a floor of 0 or 1: set schedule.half_life_tokens"
+            )
         if self.warmup_tokens is not None and self.warmup_tokens > self.stable_tokens:
-            raise ValueError("schedule.warmup_tokens is larger than schedule.stable_tokens, which includes it")
+            raise ValueError(
+                "schedule.warmup_tokens is larger than schedule.stable_tokens, which includes it"
+            )
         return self
 
 
@@ -239,4 +249,6 @@ class Recipe(Section):
 
     def with_schedule(self, **changes: object) -> Recipe:
         """This recipe with other values in ``[schedule]``, validated again."""
-        return self.model_validate({**self.model_dump(), "schedule": {**self.schedule.model_dump(), **changes}})
+        return self.model_validate(
+            {**self.model_dump(), "schedule": {**self.schedule.model_dump(), **changes}}
+        )

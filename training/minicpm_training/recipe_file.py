@@ -54,7 +54,9 @@ def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     folder = files("minicpm_training") / "recipes"
-    return sorted(entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml"))
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
 
 
 def to_toml(recipe: Recipe) -> str:
@@ -135,7 +137,9 @@ def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
     for key in _given_keys(entries, Recipe, ""):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-            hint = f"did you mean {nearest[0]!r}?" if nearest else f"sections: {', '.join(Recipe.model_fields)}"
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"sections: {', '.join(Recipe.model_fields)}"
+            )
             raise UserError(f"{origin}: unknown key {key!r}; {hint}")
 
 
@@ -159,7 +163,9 @@ def _given_keys(entries: Mapping[str, Any], model: type[BaseModel] | None, prefi
     for key, value in entries.items():
         known = model is not None and key in model.model_fields
         section = _section_of(model, key) if model is not None and known else None
-        tables = [table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)]
+        tables = [
+            table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)
+        ]
         if known or not any(tables):
             yield prefix + key
         if section is not None or not known:

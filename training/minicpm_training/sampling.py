@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from minicpm_edge.model import KVCache, MiniCPM
+from minicpm_edge.attention import KVCache
+from minicpm_edge.model import MiniCPM
 from minicpm_edge.tokenizer import Tokenizer
 
 

@@ -30,7 +30,7 @@ def warmup(step: int, warmup_steps: int) -> float:
 
 def exponential_decay(step: int, *, half_life: float, floor: float) -> float:
     """Halves every ``half_life`` updates, not below ``floor``."""
-    return max(floor, 0.5 ** (step / half_life))
+    return max(floor, math.exp2(-step / half_life))
 
 
 def shaped_decay(progress: float, form: DecayForm, floor: float) -> float:

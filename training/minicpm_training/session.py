@@ -224,7 +224,9 @@ class Session:
         ]
         self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "samples": samples})
         for sample in samples:
-            progress.message(f"step {trainer.step}  {sample['prompt']} →{json.dumps(sample['text'], ensure_ascii=False)}")
+            progress.message(
+                f"step {trainer.step}  {sample['prompt']} →{json.dumps(sample['text'], ensure_ascii=False)}"
+            )
 
     def _plot(self, trainer: Trainer) -> None:
         plot_run(self.run)

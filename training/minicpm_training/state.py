@@ -42,10 +42,15 @@ def save_state(
 
     def write_extra_files(temporary: Path) -> None:
         save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in optimizer_tensors(model, optimizer).items()},
+            {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in optimizer_tensors(model, optimizer).items()
+            },
             temporary / OPTIMIZER_FILE,
         )
-        (temporary / STATE_FILE).write_text(state.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n")
+        (temporary / STATE_FILE).write_text(
+            state.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n"
+        )
 
     save_checkpoint(folder, model, tokenizer=tokenizer, extra_files=write_extra_files)
 
@@ -57,7 +62,9 @@ def read_state(folder: Path) -> TrainingState:
     except FileNotFoundError:
         raise UserError(f"{folder} has no {STATE_FILE}: it is no checkpoint to resume from") from None
     except (json.JSONDecodeError, UnicodeDecodeError, ValidationError, RecursionError):
-        raise UserError(f"{folder / STATE_FILE} is damaged; remove the folder to resume from an older one") from None
+        raise UserError(
+            f"{folder / STATE_FILE} is damaged; remove the folder to resume from an older one"
+        ) from None
 
 
 def load_model_for_training(folder: Path, *, device: torch.device) -> MiniCPM:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch import Tensor
 from torch.optim import AdamW
 
 from minicpm_edge.errors import UserError
@@ -94,7 +93,7 @@ class Trainer:
         for batch in micro_batches:
             with self.autocast():
                 loss = self.objective(batch.to(self.device))
-            (loss.total / num_targets).backward()
+            torch.autograd.backward(loss.total / num_targets)
             cross_entropy += loss.cross_entropy
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
