@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from minicpm_edge.engine import SamplingParams
 
 Float64 = NDArray[np.float64]
+Ids = NDArray[np.intp]
 
 
 class Sampler:
@@ -34,28 +35,31 @@ class Sampler:
         return int(ids_K[min(int(drawn), len(ids_K) - 1)])
 
 
-def keep(logits_V: Float64, *, top_k: int, top_p: float, min_p: float) -> NDArray[np.intp]:
+def keep(logits_V: Float64, *, top_k: int, top_p: float, min_p: float) -> Ids:
     """Ids of the tokens the filters leave, the likeliest first; at least one.
 
-    Every filter keeps a beginning of that order, so the shortest beginning is what all of them keep.
+    Every filter keeps a beginning of that order, so min-p can go before top-p, and few tokens are left to sort.
     """
     ids_K = _likeliest(logits_V, top_k)
+    weights_K: Float64 = np.exp(logits_V[ids_K] - logits_V[ids_K].max())
+    total = weights_K.sum()
+    ids_K = ids_K[weights_K >= min_p]
+    ids_K = ids_K[np.argsort(-logits_V[ids_K], kind="stable")]
+    if top_p >= 1:
+        return ids_K
+    mass_K: Float64 = np.cumsum(np.exp(logits_V[ids_K] - logits_V[ids_K[0]])) / total
+    return ids_K[: int(np.searchsorted(mass_K, top_p)) + 1]
+
+
+def _likeliest(logits_V: Float64, top_k: int) -> Ids:
+    """The ``top_k`` likeliest ids (all for 0), in no order; of equals at the edge, the lowest ids."""
+    ids_K = np.flatnonzero(logits_V > -np.inf)
+    if not 0 < top_k < len(ids_K):
+        return ids_K
     logits_K = logits_V[ids_K]
-    length = len(ids_K)
-    if top_p < 1:
-        length = min(length, int(np.searchsorted(np.cumsum(_softmax(logits_K)), top_p)) + 1)
-    if min_p > 0:
-        length = min(length, int(np.count_nonzero(logits_K >= logits_K[0] + np.log(min_p))))
-    return ids_K[: max(length, 1)]
-
-
-def _likeliest(logits_V: Float64, top_k: int) -> NDArray[np.intp]:
-    candidates = np.flatnonzero(logits_V > -np.inf)
-    if 0 < top_k < len(candidates):
-        least = np.partition(logits_V[candidates], -top_k)[-top_k]
-        candidates = candidates[logits_V[candidates] >= least]
-    order = np.argsort(-logits_V[candidates], kind="stable")
-    return candidates[order][: top_k or None]
+    least = np.partition(logits_K, -top_k)[-top_k]
+    above, equal = ids_K[logits_K > least], ids_K[logits_K == least]
+    return np.concatenate([above, equal[: top_k - len(above)]])
 
 
 def _softmax(logits_K: Float64) -> Float64:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import secrets
+import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,11 @@ from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.errors import UserError
 
 BATCH = 128
-"""Tokens a call. More is no faster on a CPU, and this bounds how long a cancelled prompt still computes."""
+"""Tokens a call. More is no faster on a CPU, and less of a prompt can be kept for the next."""
 DEFAULT_CONTEXT = 8192
 """Context where none is asked for, if the model was trained for as much: the KV cache of more can fill a laptop."""
-_ERROR = 4  # ggml_log_level
+POLL_SECONDS = 0.02
+_ERROR, _ABORTED = 4, 2  # a ggml_log_level, a result of llama_decode
 
 _errors: deque[str] = deque(maxlen=8)
 
@@ -70,6 +73,9 @@ class LlamaCppEngine:
         self._free_context = weakref.finalize(self, _free_context, self._context, self._batch)
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self._prompts = PromptCache(BATCH)
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama_cpp")
+        self._abort = threading.Event()
+        self._abort_callback = llama_cpp.ggml_abort_callback(lambda _, aborted=self._abort.is_set: aborted())
         self.vocabulary = LlamaVocabulary(self._model)
 
     @property
@@ -110,6 +116,7 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """Free the context and the model."""
+        self._worker.shutdown()
         self._free_context()
         self._free_model()
 
@@ -125,11 +132,27 @@ class LlamaCppEngine:
     def _prefill(self, prompt: Sequence[int], cancelled: Cancelled) -> bool:
         """Compute the prompt from the first batch that is not kept; False when cancelled."""
         start = self._forget(self._prompts.usable(prompt))
-        for position, batch in self._prompts.batches(prompt, start):
-            if cancelled():
-                return False
-            self._decode(batch, position)
+        llama_cpp.llama_set_abort_callback(self._context, self._abort_callback, None)
+        try:
+            for position, batch in self._prompts.batches(prompt, start):
+                if cancelled() or not self._decode_watched(batch, position, cancelled):
+                    return False
+        finally:  # single tokens are soon done; asking Python at each of their operations would slow them down
+            llama_cpp.llama_set_abort_callback(self._context, llama_cpp.ggml_abort_callback(), None)
         return True
+
+    def _decode_watched(self, tokens: Sequence[int], position: int, cancelled: Cancelled) -> bool:
+        """Decode in another thread, so that cancelling and Ctrl-C need not wait for it; False when aborted."""
+        self._abort.clear()
+        done = self._worker.submit(self._decode, tokens, position)
+        try:
+            while not wait([done], timeout=POLL_SECONDS).done:
+                if cancelled():
+                    self._abort.set()
+            return done.result()
+        finally:
+            self._abort.set()
+            wait([done])
 
     def _forget(self, length: int) -> int:
         """Drop everything from position ``length`` on; returns what is left (0 where a model cannot rewind)."""
@@ -139,7 +162,8 @@ class LlamaCppEngine:
         self._prompts.clear()
         return 0
 
-    def _decode(self, tokens: Sequence[int], position: int, *, every_output: bool = False) -> None:
+    def _decode(self, tokens: Sequence[int], position: int, *, every_output: bool = False) -> bool:
+        """Compute ``tokens`` from ``position`` on; False when aborted."""
         batch = self._batch
         batch.n_tokens = len(tokens)
         for index, token in enumerate(tokens):
@@ -151,8 +175,9 @@ class LlamaCppEngine:
         batch.logits[len(tokens) - 1] = True
         _errors.clear()
         code: int = llama_cpp.llama_decode(self._context, batch)
-        if code != 0:
+        if code not in (0, _ABORTED):
             raise RuntimeError(f"llama_decode returned {code} at position {position}: {_first_error()}")
+        return code == 0
 
 
 @contextmanager

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import string
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,12 +27,24 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_gguf(path: Path, *, arch: str = "llama", template: str | None = None, width: int = 32) -> None:
-    """Write a GGUF of ``arch`` with two layers, two heads and one key-value head."""
+@pytest.fixture(scope="session")
+def make_gguf() -> Callable[..., Path]:
+    """:func:`write_gguf`, for files with another vocabulary or template."""
+    return write_gguf
+
+
+def write_gguf(
+    path: Path,
+    *,
+    template: str | None = None,
+    sentencepiece: bool = False,
+    user_defined: Sequence[str] = (),
+    add_bos: bool = True,
+) -> Path:
+    """Write a GGUF of arch llama with two layers, two heads and one key-value head."""
     gguf = pytest.importorskip("gguf")
-    layers, heads, kv_heads, feed_forward = 2, 2, 1, 64
-    tokens = [*SPECIALS, *byte_alphabet(), *(merge.replace(" ", "") for merge in MERGES)]
-    writer = gguf.GGUFWriter(path, arch)
+    width, layers, heads, kv_heads, feed_forward = 32, 2, 2, 1, 64
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(512)
     writer.add_embedding_length(width)
     writer.add_block_count(layers)
@@ -39,16 +54,11 @@ def write_gguf(path: Path, *, arch: str = "llama", template: str | None = None, 
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(width // heads)
     writer.add_rope_freq_base(10000.0)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("llama-bpe")
-    writer.add_token_list(tokens)
-    kinds = gguf.TokenType
-    special = len(SPECIALS)
-    writer.add_token_types([kinds.CONTROL] * special + [kinds.NORMAL] * (len(tokens) - special))
-    writer.add_token_merges(list(MERGES))
+    add_vocabulary = _add_sentencepiece if sentencepiece else _add_byte_level
+    num_tokens = add_vocabulary(writer, gguf.TokenType, user_defined)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
-    writer.add_add_bos_token(True)
+    writer.add_add_bos_token(add_bos)
     if template is not None:
         writer.add_chat_template(template)
     random = np.random.default_rng(0)
@@ -56,8 +66,8 @@ def write_gguf(path: Path, *, arch: str = "llama", template: str | None = None, 
     def add(name: str, *shape: int) -> None:
         writer.add_tensor(name, random.normal(0, 0.3, shape).astype(np.float32))
 
-    add("token_embd.weight", len(tokens), width)
-    add("output.weight", len(tokens), width)
+    add("token_embd.weight", num_tokens, width)
+    add("output.weight", num_tokens, width)
     writer.add_tensor("output_norm.weight", np.ones(width, np.float32))
     for layer in range(layers):
         block = f"blk.{layer}"
@@ -74,6 +84,39 @@ def write_gguf(path: Path, *, arch: str = "llama", template: str | None = None, 
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    return path
+
+
+def _add_byte_level(writer: Any, kinds: Any, user_defined: Sequence[str]) -> int:
+    words = [*byte_alphabet(), *(merge.replace(" ", "") for merge in MERGES)]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("llama-bpe")
+    writer.add_token_list([*SPECIALS, *words, *user_defined])
+    writer.add_token_types(
+        [kinds.CONTROL] * len(SPECIALS)
+        + [kinds.NORMAL] * len(words)
+        + [kinds.USER_DEFINED] * len(user_defined)
+    )
+    writer.add_token_merges(list(MERGES))
+    return len(SPECIALS) + len(words) + len(user_defined)
+
+
+def _add_sentencepiece(writer: Any, kinds: Any, user_defined: Sequence[str]) -> int:
+    """SentencePiece as in Llama 2 and MiniCPM: ``▁`` for spaces, one before each text, bytes to fall back on."""
+    words = ["▁", *string.ascii_letters, "▁h", "el", "▁hel", "lo", "▁hello"]
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    tokens = [*SPECIALS[:3], *byte_tokens, *words, *user_defined]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(
+        [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL]
+        + [kinds.BYTE] * len(byte_tokens)
+        + [kinds.NORMAL] * len(words)
+        + [kinds.USER_DEFINED] * len(user_defined)
+    )
+    writer.add_token_scores([-float(position) for position in range(len(tokens))])
+    return len(tokens)
 
 
 def byte_alphabet() -> list[str]:

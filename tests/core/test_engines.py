@@ -240,6 +240,18 @@ def test_a_file_that_is_no_graph(tmp_path, tiny_onnx):
         load(tmp_path, threads=1)
 
 
+def test_cancelled_within_a_batch_of_a_prompt(demo_gguf):
+    with load(demo_gguf, threads=1, context_length=512) as model:
+        prompt = model.tokenize("the lazy dog jumps over the quick brown fox. " * 40)[:128]
+        polls = itertools.count()
+        stream = model.stream(prompt, SamplingParams(**GREEDY), cancelled=lambda: next(polls) >= 1)
+        assert list(stream) == []
+        assert next(polls) >= 2  # asked before the only batch and again during it
+        interrupted = model.generate("The capital of France is", **GREEDY)
+    with load(demo_gguf, threads=1, context_length=512) as model:
+        assert model.generate("The capital of France is", **GREEDY) == interrupted
+
+
 def test_a_real_model_answers(demo_gguf: Path):
     with load(demo_gguf, threads=1, context_length=512) as model:
         question = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
