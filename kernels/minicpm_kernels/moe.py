@@ -3,13 +3,16 @@
 Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minicpm_kernels import moe_reference
+from minicpm_kernels import moe_ops, moe_reference
+
+# The copy engine wants rows at multiples of 16 bytes, and the compiler must see that 16-byte copies are aligned.
+_WIDTH_MULTIPLE = 16
 
 
 class MoeRouting(NamedTuple):
@@ -55,6 +58,8 @@ def moe_router(logits_NE: Tensor, num_experts_per_tok: int) -> MoeRouting:
     Raises ``TypeError`` unless the logits are float32 (or float64), ``ValueError`` for a shape that cannot be.
     """
     _check_router(logits_NE, num_experts_per_tok)
+    if moe_ops.uses_triton(logits_NE, "moe_router"):
+        return MoeRouting(*moe_ops.router_op(logits_NE, num_experts_per_tok)[:4])
     return MoeRouting(*moe_reference.moe_router_reference(logits_NE, num_experts_per_tok))
 
 
@@ -69,73 +74,11 @@ def moe_experts(
     Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
     """
     _check_experts(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
-    out_ND: Tensor = _experts_reference(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)[0]
+    learns = any(tensor.requires_grad for tensor in (x_ND, weights_NK, gate_up_E2FD, down_EDF))
+    out_ND: Tensor = moe_ops.experts_op(
+        x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, learns and torch.is_grad_enabled()
+    )[0]
     return out_ND
-
-
-# How many tokens an expert gets is data, so the loop over experts would break a compiled graph: it is an op of its own.
-@torch.library.custom_op("minicpm_kernels::moe_experts_reference", mutates_args=())
-def _experts_reference(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, Tensor]:
-    return moe_reference.moe_experts_forward(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
-
-
-@_experts_reference.register_fake
-def _(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x_ND.new_empty(x_ND.shape), x_ND.new_empty(weights_NK.numel(), gate_up_E2FD.shape[1])
-
-
-@torch.library.custom_op("minicpm_kernels::moe_experts_reference_backward", mutates_args=())
-def _experts_reference_backward(
-    grad_ND: Tensor,
-    x_ND: Tensor,
-    weights_NK: Tensor,
-    experts_NK: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    hidden_S2F: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return moe_reference.moe_experts_backward(
-        grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F
-    )
-
-
-@_experts_reference_backward.register_fake
-def _(
-    grad_ND: Tensor,
-    x_ND: Tensor,
-    weights_NK: Tensor,
-    experts_NK: Tensor,
-    gate_up_E2FD: Tensor,
-    down_EDF: Tensor,
-    hidden_S2F: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    # A compiled graph trusts these strides: contiguous, whatever those of the inputs.
-    return (
-        x_ND.new_empty(x_ND.shape),
-        weights_NK.new_empty(weights_NK.shape),
-        gate_up_E2FD.new_empty(gate_up_E2FD.shape),
-        down_EDF.new_empty(down_EDF.shape),
-    )
-
-
-def _save_for_backward(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _reference_backward(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F = ctx.saved_tensors
-    dx_ND, dweights_NK, dgate_up_E2FD, ddown_EDF = _experts_reference_backward(
-        grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F
-    )
-    return dx_ND, dweights_NK, None, dgate_up_E2FD, ddown_EDF
-
-
-_experts_reference.register_autograd(_reference_backward, setup_context=_save_for_backward)
 
 
 def _check_router(logits_NE: Tensor, num_experts_per_tok: int) -> None:
@@ -173,6 +116,13 @@ def _check_experts(
             raise ValueError(f"moe_experts: {name} must have shape {shape} here, not {tuple(tensor.shape)}")
         if tensor.device != x_ND.device:
             raise ValueError(f"moe_experts: {name} is on {tensor.device}, but x on {x_ND.device}")
+    if weights_NK.shape[1] == 0:
+        raise ValueError("moe_experts: every token needs at least one expert, but weights has shape (N, 0)")
+    if moe_ops.uses_triton(x_ND, "moe_experts") and (width % _WIDTH_MULTIPLE or hidden % _WIDTH_MULTIPLE):
+        raise ValueError(
+            f"moe_experts: the Triton kernels need D and F to be multiples of {_WIDTH_MULTIPLE}, not {width} and "
+            f"{hidden}; set MINICPM_KERNELS=reference for plain torch"
+        )
     if experts_NK.dtype != torch.int32:
         raise TypeError(f"moe_experts: experts must be int32, not {experts_NK.dtype}")
     if not (x_ND.dtype == gate_up_E2FD.dtype == down_EDF.dtype):

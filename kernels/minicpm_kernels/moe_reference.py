@@ -35,16 +35,24 @@ def moe_router_reference(
 
 
 def moe_experts_forward(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_ND: Tensor,
+    weights_NK: Tensor,
+    experts_NK: Tensor,
+    gate_up_E2FD: Tensor,
+    down_EDF: Tensor,
+    *,
+    save_hidden: bool,
 ) -> tuple[Tensor, Tensor]:
-    """out_ND, and hidden_S2F: what the first matmul gave, which is all that the backward keeps."""
+    """out_ND, and hidden_S2F: what the first matmul gave, all that the backward needs (no rows if not saved)."""
     groups = _Groups.of(experts_NK, gate_up_E2FD.shape[0])
     x_SD = x_ND.index_select(0, groups.token_S)
-    hidden_S2F = x_ND.new_empty(len(x_SD), gate_up_E2FD.shape[1])
+    hidden_S2F = x_ND.new_empty(len(x_SD) if save_hidden else 0, gate_up_E2FD.shape[1])
     y_SD = torch.empty_like(x_SD)
     for expert, rows in groups:
-        hidden_S2F[rows] = F.linear(x_SD[rows], gate_up_E2FD[expert])
-        gate, up = hidden_S2F[rows].chunk(2, dim=-1)
+        hidden = F.linear(x_SD[rows], gate_up_E2FD[expert])
+        if save_hidden:
+            hidden_S2F[rows] = hidden
+        gate, up = hidden.chunk(2, dim=-1)
         y_SD[rows] = F.linear(F.silu(gate) * up, down_EDF[expert])
     y_NKD = y_SD.index_select(0, groups.slot_S).view(*weights_NK.shape, x_ND.shape[1])
     return (y_NKD * weights_NK[..., None]).sum(1).to(x_ND.dtype), hidden_S2F
