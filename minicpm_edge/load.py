@@ -51,7 +51,17 @@ def load(
 def default_threads() -> int:
     """One thread for each real core this process may use, as far as that can be told."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return usable if usable <= FEW_CPUS else max(usable // 2, FEW_CPUS)
+    threads = usable if usable <= FEW_CPUS else max(usable // 2, FEW_CPUS)
+    return min(threads, _container_cpus(Path("/sys/fs/cgroup/cpu.max")) or threads)
+
+
+def _container_cpus(cpu_max: Path) -> int | None:
+    """The CPU quota of a Linux container (``docker run --cpus``), in whole CPUs; None where there is none."""
+    try:
+        quota, period = cpu_max.read_text(encoding="ascii").split()
+        return max(1, int(quota) // int(period))
+    except (OSError, ValueError, ZeroDivisionError):  # no such file, or no quota: "max 100000"
+        return None
 
 
 def _engine(found: Located, context_length: int | None, threads: int) -> Engine:

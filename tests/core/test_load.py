@@ -9,7 +9,7 @@ import pytest
 
 from minicpm_edge import load
 from minicpm_edge.errors import UserError
-from minicpm_edge.load import default_threads
+from minicpm_edge.load import _container_cpus, default_threads
 
 
 @pytest.fixture
@@ -89,6 +89,16 @@ def test_a_damaged_gguf_never_reaches_llama_cpp(tiny_gguf, tmp_path):
 
 def test_default_threads_are_some_of_the_cpus():
     assert 1 <= default_threads() <= (os.cpu_count() or 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("200000 100000\n", 2), ("50000 100000\n", 1), ("250000 100000", 2), ("max 100000\n", None), ("", None)],
+)
+def test_a_container_may_have_fewer(tmp_path, text, cpus):
+    (tmp_path / "cpu.max").write_text(text)
+    assert _container_cpus(tmp_path / "cpu.max") == cpus
+    assert _container_cpus(tmp_path / "missing") is None
 
 
 def _copy(source, target):
