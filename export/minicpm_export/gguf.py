@@ -26,7 +26,7 @@ from minicpm_export import gguf_map, gguf_tokenizer
 from minicpm_export.destination import MADE_BY_KEY
 from minicpm_export.gguf_map import TensorSpec
 
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 2 << 20
 ALIGNMENT = 32
 
 # type of the file → how its matrices are stored

@@ -61,13 +61,13 @@ class LlamaRuntime:
 
     def __init__(self, path: Path, *, context_length: int, defaults: bool = False) -> None:
         """Raises :class:`UserError` where llama.cpp refuses the file."""
-        self._model = self._context = None
+        self.model = self._context = None
         with quiet_log() as errors:
             llama_cpp.llama_backend_init()
             model_params = llama_cpp.llama_model_default_params()
             model_params.n_gpu_layers = 0
-            self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
-            if not self._model:
+            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+            if not self.model:
                 reason = "; ".join(errors) or "no reason given"
                 raise UserError(f"{path}: llama.cpp does not load it ({reason})")
             params = llama_cpp.llama_context_default_params()
@@ -78,11 +78,11 @@ class LlamaRuntime:
                 params.flash_attn_type = NO_FLASH_ATTENTION
             params.no_perf = True
             params.n_threads = params.n_threads_batch = num_threads()
-            self._context = llama_cpp.llama_init_from_model(self._model, params)
+            self._context = llama_cpp.llama_init_from_model(self.model, params)
         if not self._context:
             self.close()
             raise UserError(f"{path}: llama.cpp cannot run it ({'; '.join(errors) or 'no reason given'})")
-        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self._vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
 
     def logits(self, ids: Sequence[int]) -> NDArray[np.float32]:
@@ -105,12 +105,12 @@ class LlamaRuntime:
         shape = (len(ids), self.vocab_size)
         return np.ctypeslib.as_array(pointer, shape=shape).astype(np.float32, copy=True)
 
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text, without a begin token, look-alikes of control tokens read as plain text."""
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text, without a begin token. Look-alikes of control tokens are plain text unless ``special``."""
         data = text.encode()
         room = len(data) + 16
         buffer = (llama_cpp.llama_token * room)()
-        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, room, False, False)
+        count = llama_cpp.llama_tokenize(self._vocab, data, len(data), buffer, room, False, special)
         if count < 0:
             raise RuntimeError(f"llama_tokenize asks for {-count} tokens for {len(data)} bytes")
         return list(buffer[:count])
@@ -120,9 +120,9 @@ class LlamaRuntime:
         with quiet_log():
             if self._context:
                 llama_cpp.llama_free(self._context)
-            if self._model:
-                llama_cpp.llama_model_free(self._model)
-        self._context = self._model = None
+            if self.model:
+                llama_cpp.llama_model_free(self.model)
+        self._context = self.model = None
 
     def __enter__(self) -> Self:
         return self

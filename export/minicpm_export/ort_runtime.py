@@ -35,10 +35,10 @@ class OrtRuntime:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         options.intra_op_num_threads = num_threads()
-        self._session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session: Any = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._past = {
             entry.name: np.zeros((1, entry.shape[1], 0, entry.shape[3]), dtype=np.float32)
-            for entry in self._session.get_inputs()
+            for entry in self.session.get_inputs()
             if entry.name.startswith("past_key_values.")
         }
 
@@ -64,5 +64,5 @@ class OrtRuntime:
             "attention_mask": np.ones((1, total), dtype=np.int64),
             **cache,
         }
-        logits, *present = self._session.run(None, feed)
+        logits, *present = self.session.run(None, feed)
         return logits[0], dict(zip(cache, present, strict=True))

@@ -1,0 +1,159 @@
+"""The command line: what is replaced, what is left alone, and what a stopped export leaves behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from minicpm_export import gguf_job, huggingface, onnx_job
+
+from minicpm_edge.cli import main
+
+FORMS = {
+    "gguf": (["--gguf", "--quant", "F16"], "m.gguf"),
+    "hf": (["--hf"], "m-hf"),
+    "onnx": (["--onnx", "--quant", "F32"], "m-onnx"),
+}
+
+
+@pytest.fixture
+def model(make_model, tmp_path, monkeypatch):
+    """The small model as ./m in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "m").mkdir()
+    for file in make_model().iterdir():
+        os.link(file, tmp_path / "m" / file.name)
+    return tmp_path / "m"
+
+
+def content(path):
+    """Every file under a path, with its bytes."""
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    return {str(file): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_export_of_ours_is_replaced_and_anything_else_is_not(form, model, tmp_path, capsys):
+    options, name = FORMS[form]
+    out = tmp_path / name
+    command = ["export", "m", *options, "--out", str(out)]
+    assert main(command) == 0
+    assert main(command) == 0  # our own
+    if form == "gguf":
+        out.write_bytes(b"GGUF, but another program's")
+    else:
+        (out / "notes.txt").write_text("not ours", encoding="utf-8")
+    before = content(out)
+    assert main(command) == 1
+    assert "--force" in capsys.readouterr().err
+    assert content(out) == before
+    assert main([*command, "--force"]) == 0
+    assert content(out) != before
+
+
+@pytest.mark.parametrize("options", [["--hf"], ["--onnx"]])
+def test_no_folder_without_a_model_is_ever_replaced(options, model, tmp_path, capsys):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "letter.txt").write_text("dear", encoding="utf-8")
+    assert main(["export", "m", *options, "--out", str(tmp_path / "home"), "--force"]) == 1
+    assert (tmp_path / "home" / "letter.txt").read_text(encoding="utf-8") == "dear"
+    assert main(["export", "m", *options, "--out", str(tmp_path / "m")]) == 1  # the model itself
+    assert (model / "model.safetensors").is_file()
+    assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("failure", [OSError("disk full"), KeyboardInterrupt()])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_failure_leaves_the_old_export(form, failure, model, tmp_path, monkeypatch, capsys):
+    options, name = FORMS[form]
+    command = ["export", "m", *options, "--out", str(tmp_path / name)]
+    assert main(command) == 0
+    before = content(tmp_path)
+
+    def fail(*arguments, **settings):
+        raise failure
+
+    for module in (gguf_job, huggingface, onnx_job):  # the last step: everything is written by then
+        monkeypatch.setattr(module, "compare", fail)
+    assert main(command) == (130 if isinstance(failure, KeyboardInterrupt) else 1)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
+@pytest.mark.parametrize("form", ["gguf", "onnx"])
+def test_a_kill_leaves_the_old_export_and_the_next_one_cleans_up(form, model, tmp_path):
+    options, name = ["--gguf", "--quant", "Q8_0"] if form == "gguf" else FORMS[form][0], FORMS[form][1]
+    command = [sys.executable, "-m", "minicpm_edge", "export", "m", *options, "--out", name]
+    assert main(command[3:]) == 0
+    before = content(tmp_path)
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob(f".{name}.tmp-*")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+    assert process.returncode == -signal.SIGKILL and left
+    assert {path: data for path, data in content(tmp_path).items() if ".tmp-" not in path} == before
+    assert main(command[3:]) == 0
+    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
+def test_json_output_and_default_names(model, tmp_path, capsys):
+    assert main(["export", "m", "--gguf", "--quant", "q8_0", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["path"] == "m-Q8_0.gguf" and (tmp_path / "m-Q8_0.gguf").is_file()
+    assert answer["certificates"][0]["verdict"] == "pass"
+    assert main(["export", "m", "--gguf"]) == 0
+    shown = capsys.readouterr().out
+    assert "mean KL" in shown and "sha256" in shown and "wrote m-Q4_K_M.gguf" in shown
+    (tmp_path / "there").mkdir()
+    assert main(["export", "m", "--gguf", "--out", "there"]) == 0
+    assert (tmp_path / "there" / "m-Q4_K_M.gguf").is_file()
+
+
+def test_a_run_keeps_its_exports(model, tmp_path, capsys):
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "recipe.toml").write_text("", encoding="utf-8")
+    model.rename(run / "checkpoints" / "step-00000010")
+    assert main(["export", "--gguf", "--quant", "F16"]) == 0  # the newest run
+    assert (run / "exports" / "first-F16.gguf").is_file() and (run / "exports" / "certificate.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--gguf", "--quant", "Q9"], "Q4_K_M"),
+        (["--onnx", "--quant", "Q4_K_M"], "F32, INT8"),
+        (["--hf", "--quant", "F16"], "leave --quant out"),
+        (["--gguf", "--out", "model.bin"], "must end in .gguf"),
+        (["--gguf", "--text", "nowhere.txt"], "nowhere.txt"),
+        (["--hf", "--out", "m/config.json"], "is a file"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(options, message, model, capsys):
+    assert main(["export", "m", *options]) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and message in error
+
+
+def test_what_is_exported_already_is_told(model, tmp_path, capsys):
+    assert main(["export", "m", "--gguf", "--quant", "F16"]) == 0
+    assert main(["export", "m-F16.gguf", "--hf"]) == 1
+    assert "GGUF already" in capsys.readouterr().err
+    assert main(["export", "nothing-here", "--hf"]) == 1
+    assert main(["export", "m"]) == 2  # no form named
+
+
+def test_a_folder_that_is_no_model_is_told(model, tmp_path, capsys):
+    (model / "config.json").unlink()
+    (model / "config.json").write_text('{"architectures": ["BertModel"]}', encoding="utf-8")
+    assert main(["export", "m", "--gguf"]) == 1
+    assert "BertModel" in capsys.readouterr().err
+    (model / "tokenizer.json").unlink()
+    assert main(["export", "m", "--gguf"]) == 1

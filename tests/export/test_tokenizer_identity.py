@@ -1,0 +1,162 @@
+"""llama.cpp's tokenizer, read from our GGUF, gives our ids on every nasty string."""
+
+import json
+import pydoc_data.topics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tokenizers
+from minicpm_export import gguf_tokenizer
+from minicpm_export.gguf import write_gguf
+from minicpm_export.llama_runtime import LlamaRuntime
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from minicpm_edge.errors import UserError
+from minicpm_edge.tokenizer import SPLIT_PATTERN, Tokenizer
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
+NASTY = {
+    entry["name"]: entry["text"] * entry.get("repeat", 1) + entry.get("then", "")
+    for entry in json.loads(GOLDEN.read_text(encoding="utf-8"))
+}
+
+
+def open_runtime(folder, path):
+    write_gguf(folder, path, quant="F32", name="test", report=lambda status: None)
+    return LlamaRuntime(path, context_length=32)
+
+
+def differences(runtime, tokenizer, names=NASTY):
+    return [name for name in names if runtime.tokenize(NASTY[name]) != tokenizer.encode(NASTY[name])]
+
+
+def test_our_tokenizer(make_model, tmp_path):
+    folder = make_model()
+    with open_runtime(folder, tmp_path / "m.gguf") as runtime:
+        assert differences(runtime, Tokenizer.load(folder)) == []
+
+
+def test_a_larger_vocabulary(make_model, small_config, tmp_path):
+    tokenizer = Tokenizer.train([*pydoc_data.topics.topics.values(), *NASTY.values()], 3000)
+    with foreign(tokenizer, small_config, make_model, tmp_path, vocab_size=3001) as runtime:
+        assert differences(runtime, tokenizer) == []
+
+
+def test_special_tokens_are_read_where_they_are_asked_for(make_model, tmp_path):
+    folder = make_model()
+    tokenizer = Tokenizer.load(folder)
+    with open_runtime(folder, tmp_path / "m.gguf") as runtime:
+        for text in ("<s>a</s>", "<|im_start|>user\nhi<|im_end|>\n", " <|im_end|> <pad>"):
+            assert runtime.tokenize(text, special=True) == tokenizer.encode(text, special=True)
+            assert runtime.tokenize(text) == tokenizer.encode(text) != tokenizer.encode(text, special=True)
+
+
+def foreign(tokenizer, config, make_model, tmp_path, vocab_size=1024):
+    """A GGUF with another tokenizer than the model's own."""
+    tokenizer.save(tmp_path / "tokenizer")
+    folder = make_model(vocab_size=vocab_size)
+    copy = tmp_path / "model"
+    copy.mkdir()
+    for file in folder.iterdir():
+        source = tmp_path / "tokenizer" / file.name if file.name.startswith("tokenizer") else file
+        (copy / file.name).write_bytes(source.read_bytes())
+    return open_runtime(copy, tmp_path / "m.gguf")
+
+
+LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPLITS = {
+    "llama-bpe": (SPLIT_PATTERN, True),
+    "llama-bpe as published": (LLAMA3, True),
+    "smaug-bpe": (SPLIT_PATTERN, False),
+    "qwen2": (LLAMA3.replace("{1,3}", ""), False),
+    "smollm": ("digits", False),
+    "gpt-2": (None, False),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_other_byte_level_tokenizers(name, make_model, small_config, tmp_path):
+    pattern, ignore_merges = SPLITS[name]
+    backend = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern in (None, "digits"))]
+    if pattern == "digits":
+        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
+    elif pattern:
+        steps.insert(0, pre_tokenizers.Split(tokenizers.Regex(pattern), behavior="isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps) if len(steps) > 1 else steps[0]
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(pydoc_data.topics.topics.values(), trainer)
+    tokenizer = Tokenizer(backend.to_str(), {"bos_token": "<s>", "eos_token": "</s>"})
+    with foreign(tokenizer, small_config, make_model, tmp_path) as runtime:
+        assert differences(runtime, tokenizer) == []
+
+
+def test_a_sentencepiece_tokenizer(make_model, small_config, tmp_path):
+    """Byte-fallback BPE with a space put in front, as MiniCPM's and Llama 2's tokenizers are."""
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=["<unk>", "<s>", "</s>", *alphabet],
+        show_progress=False,
+        max_token_length=16,
+    )
+    texts = [word for text in pydoc_data.topics.topics.values() for word in text.split(" ")]
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    definition = json.loads(backend.to_str())
+    kept = {"<unk>", "<s>", "</s>"}  # byte tokens are ordinary entries of the vocabulary
+    definition["added_tokens"] = [token for token in definition["added_tokens"] if token["content"] in kept]
+    tokenizer = Tokenizer(json.dumps(definition), {"bos_token": "<s>", "eos_token": "</s>"})
+    assert not tokenizer.is_byte_level and tokenizer.adds_bos
+    with foreign(tokenizer, small_config, make_model, tmp_path) as runtime:
+        assert differences(runtime, tokenizer) == []
+
+
+def entries(tokenizer, config):
+    return {key: value for key, _, value in gguf_tokenizer.entries(tokenizer, config)}
+
+
+def test_the_keys(tokenizer_folder, small_config):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    got = entries(tokenizer, small_config)
+    assert (got["tokenizer.ggml.model"], got["tokenizer.ggml.pre"]) == ("gpt2", "llama-bpe")
+    ids = {name: got[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "padding")}
+    assert ids == {"bos": 1, "eos": 2, "eot": 4, "padding": 0}
+    assert got["tokenizer.ggml.add_bos_token"] is True and got["tokenizer.ggml.add_eos_token"] is False
+    tokens, kinds = got["tokenizer.ggml.tokens"], got["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(kinds) == len(set(tokens)) == small_config.vocab_size == 520
+    assert tokens[:5] == ["<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+    assert kinds[:5] == [3] * 5 and set(kinds[5:512]) == {1} and set(kinds[512:]) == {5}
+    assert got["tokenizer.chat_template"] == tokenizer.chat_template
+
+
+def test_tokenizers_that_llama_cpp_cannot_read_are_refused(tokenizer_folder, small_config):
+    tokenizer = Tokenizer.load(tokenizer_folder)
+    with pytest.raises(UserError, match="do not belong together"):
+        entries(tokenizer, replace(small_config, vocab_size=500))
+
+    def changed(**parts):
+        return Tokenizer(json.dumps({**tokenizer.definition, **parts}), {})
+
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    sequence = {"type": "Sequence", "pretokenizers": [split, level]}
+    with pytest.raises(UserError, match="no name for this tokenizer's way of splitting"):
+        entries(changed(pre_tokenizer=sequence), small_config)
+    with pytest.raises(UserError, match="normalises"):
+        entries(changed(normalizer={"type": "NFC"}), small_config)
