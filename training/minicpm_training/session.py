@@ -111,7 +111,7 @@ class Session:
 
     def train(self, until_step: int, watcher: Watcher) -> bool:
         """Train up to ``until_step``; False if stopped before."""
-        trainer = self._trainer()
+        trainer = self.trainer()
         self.branch.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.branch.recipe_path, to_toml(self.recipe))
         write_text(self.branch.folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
@@ -135,7 +135,8 @@ class Session:
     def config(self) -> ModelConfig:
         return model_config(self.recipe, self.tokenizer)
 
-    def _trainer(self) -> Trainer:
+    def trainer(self) -> Trainer:
+        """The training loop at the checkpoint to resume from, without callbacks."""
         recipe = self.recipe
         feed = open_feed(recipe, self.tokenizer)  # first: the cheapest to find fault with
         model, optimizer, step = self._model()

@@ -134,6 +134,6 @@ class Trainer:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         rows = "; ".join(batch.describe() for batch in batches)
         return (
-            f"update {self.step}: {what}, so the run stops before it changes the weights; batch: {rows}. "
+            f"update {self.step + 1}: {what}, so the run stops before it changes the weights; batch: {rows}. "
             "The last checkpoint is good: look at those rows, or lower schedule.peak_lr, and resume"
         )

@@ -1,0 +1,82 @@
+"""Decays branch from any kept trunk checkpoint, the trunk goes on, and both are to the bit what one run would be."""
+
+import pytest
+from minicpm_edge.errors import UserError
+from minicpm_edge.locate import locate
+from minicpm_edge.progress import Progress
+from minicpm_training.commands import decay_recipe
+from minicpm_training.recipe_file import load_recipe
+from minicpm_training.session import Watcher, train_branch
+
+
+@pytest.fixture
+def branch_off(tmp_path):
+    def branch_off(run, at, tokens, *settings):
+        recipe = decay_recipe(load_recipe(str(run.trunk.recipe_path)), at, tokens, None, settings)
+        start = run.trunk.checkpoint(at)
+        with open(tmp_path / "log", "w") as stream:
+            watcher = Watcher(progress=Progress(stream))
+            assert train_branch(recipe, run, run.decay(start.name), start, watcher)
+        return run.decay(start.name)
+
+    return branch_off
+
+
+def test_branching_and_going_on(make_recipe, train, branch_off, same_checkpoint, tmp_path):
+    trunk_20 = make_recipe()
+    run = train(trunk_20, tmp_path / "run")
+    tip = run.trunk.checkpoint(20)
+    tip_before = (tip / "model.safetensors").read_bytes()
+    decayed = branch_off(run, 10, 5 * 128, "schedule.form=1-sqrt")
+
+    # The same as one run with those settings.
+    whole = make_recipe("schedule.stable_tokens=1280", "schedule.decay_tokens=640", "schedule.form=1-sqrt")
+    straight = train(whole, tmp_path / "straight")
+    assert same_checkpoint(decayed.checkpoint(15), straight.decay("step-00000010").checkpoint(15))
+    # And the recipe in its folder alone trains it again.
+    again = train(load_recipe(str(decayed.recipe_path)), tmp_path / "again")
+    assert same_checkpoint(decayed.checkpoint(15), again.decay("step-00000010").checkpoint(15))
+
+    # The trunk is untouched and goes on as a longer run would have.
+    assert (tip / "model.safetensors").read_bytes() == tip_before
+    longer = make_recipe("schedule.stable_tokens=3840")
+    run = train(longer, tmp_path / "run")
+    assert same_checkpoint(run.trunk.checkpoint(30), train(longer, tmp_path / "long").trunk.checkpoint(30))
+    assert [line["step"] for line in run.trunk.metrics()] == list(range(1, 31))
+
+
+def test_the_decay_reads_its_own_mixture_where_the_trunk_stopped(make_recipe, workspace):
+    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_training.feed import open_feed
+
+    tokenizer = Tokenizer.load(workspace / "tok")
+    recipe = make_recipe("schedule.stable_tokens=1280", "schedule.decay_tokens=640")
+    feed = open_feed(recipe, tokenizer)
+    origins = [[origin for batch in feed(step) for origin in batch.origins] for step in range(15)]
+    trunk = [origin for step in origins[:10] for origin in step]
+    decay = [origin for step in origins[10:] for origin in step]
+    assert all(origin.startswith("a:") for origin in trunk) and len(set(trunk)) == 40
+    from_a = [origin for origin in decay if origin.startswith("a:")]
+    assert 6 <= len(from_a) <= 7 and len(decay) == 20  # a third of the rows
+    assert not set(from_a) & set(trunk)  # no row twice before the set is through
+
+
+def test_a_run_stands_for_its_newest_finished_decay(make_recipe, train, branch_off, tmp_path):
+    run = train(make_recipe(), tmp_path / "run")
+    assert locate(run.folder).path == run.trunk.checkpoint(20)
+    decayed = branch_off(run, 15, 256)
+    assert locate(run.folder).path == decayed.checkpoint(17)
+
+
+def test_what_cannot_branch_is_refused(make_recipe):
+    recipe = make_recipe()
+    with pytest.raises(UserError, match="still in warm-up"):
+        decay_recipe(recipe, 2, 256, None, [])
+    with pytest.raises(UserError, match="at least one token"):
+        decay_recipe(recipe, 10, 0, None, [])
+    with pytest.raises(UserError, match="give --at and --tokens"):
+        decay_recipe(recipe, 10, 256, None, ["schedule.stable_tokens=1152"])
+    with pytest.raises(UserError, match=r"schedule\.peak_lr was 0\.01"):
+        decay_recipe(recipe, 10, 256, None, ["schedule.peak_lr=0.02"])
+    with pytest.raises(UserError, match="cosine run has no stable stage"):
+        decay_recipe(make_recipe("schedule.kind=cosine"), 10, 256, None, [])

@@ -1,0 +1,106 @@
+"""Parameter groups by the width rules, and the optimizer's state to the bit."""
+
+import pytest
+import torch
+from minicpm_edge.config import ModelConfig
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM
+from minicpm_training.optimizer import (
+    build_optimizer,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    set_learning_rate,
+)
+from minicpm_training.recipe import OptimizerSection
+
+CONFIG = ModelConfig(
+    vocab_size=97,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=32,
+    dim_model_base=16,  # m = 4
+    tie_word_embeddings=False,
+)
+
+
+def make(seed=0, **settings):
+    model = MiniCPM(CONFIG)
+    model.init_weights(seed=seed)
+    return model, build_optimizer(model, CONFIG, OptimizerSection(**settings))
+
+
+def step(model, optimizer, seed):
+    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(seed))
+    loss = model.loss(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
+    (loss.total / 30).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize(("rule", "embedding_share"), [("input", 1.0), ("matrix", 0.25)])
+def test_rates_and_decay_by_role(rule, embedding_share):
+    model = MiniCPM(CONFIG)
+    model.init_weights(seed=0)
+    optimizer = build_optimizer(model, CONFIG, OptimizerSection(weight_decay=0.3), embedding_rule=rule)
+    set_learning_rate(optimizer, 0.01)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    expected = {
+        "embedding.weight": (0.01 * embedding_share, 0.3),
+        "layers.0.attention.qkv.weight": (0.0025, 0.3),
+        "layers.1.attention.out.weight": (0.0025, 0.3),
+        "layers.0.feed_forward.gate_up.weight": (0.0025, 0.3),
+        "layers.1.feed_forward.down.weight": (0.0025, 0.3),
+        "head.weight": (0.0025, 0.3),
+        "layers.0.attention_norm.weight": (0.01, 0.0),
+        "layers.1.feed_forward_norm.weight": (0.01, 0.0),
+        "norm.weight": (0.01, 0.0),
+    }
+    parameters = dict(model.named_parameters())
+    for name, value in expected.items():
+        assert found[id(parameters[name])] == pytest.approx(value), name
+    assert len(found) == len(parameters)  # every parameter is in exactly one group
+
+
+def test_one_update_is_adamws_formula():
+    model, optimizer = make(weight_decay=0.1)
+    weight = model.layers[0].attention.qkv.weight
+    set_learning_rate(optimizer, 0.01)
+    before = weight.detach().clone()
+    gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    weight.grad = gradient.clone()
+    optimizer.step()
+    lr = 0.01 / 4
+    expected = before * (1 - lr * 0.1) - lr * gradient / (gradient.abs() + 1e-8)  # bias-corrected first step
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(model.norm.weight.detach(), torch.ones(64), rtol=0, atol=0)  # no decay on norms
+
+
+def test_state_goes_round_to_the_bit():
+    model, optimizer = make()
+    set_learning_rate(optimizer, 0.01)
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    twin, twin_optimizer = make(seed=9)
+    twin.load_state_dict(model.state_dict())
+    load_optimizer_tensors(twin, twin_optimizer, saved)
+    set_learning_rate(twin_optimizer, 0.01)
+    for pair in ((model, optimizer), (twin, twin_optimizer)):
+        step(*pair, seed=7)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, dict(twin.named_parameters())[name]), name
+
+
+def test_state_of_another_model_is_refused():
+    model, optimizer = make()
+    set_learning_rate(optimizer, 0.01)
+    step(model, optimizer, 0)
+    tensors = optimizer_tensors(model, optimizer)
+    del tensors["norm.weight.exp_avg"]
+    with pytest.raises(UserError, match=r"norm\.weight\.exp_avg is missing"):
+        load_optimizer_tensors(model, optimizer, tensors)
