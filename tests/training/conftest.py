@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from minicpm_edge.progress import Progress
-from minicpm_edge.tokenizer import Tokenizer
 from minicpm_training.recipe import Recipe
 from minicpm_training.recipe_file import load_recipe
 from minicpm_training.run import Run
 from minicpm_training.session import Watcher, train_run
 
-WORDS = "the cat sat on a mat and saw two birds sing in trees by the old house near a river".split()
+from minicpm_edge.progress import Progress
+from minicpm_edge.tokenizer import Tokenizer
+
+WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "birds", "sing", "in", "trees", "by", "the", "old", "house", "near", "a", "river"]
 
 
 def write_set(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:

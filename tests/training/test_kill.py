@@ -38,7 +38,11 @@ def wait_for(condition, process):
 
 
 def unfinished_saves(run):
-    return [path for branch in (run.trunk, *run.decays()) for path in branch.checkpoints_folder.glob(".step-*.tmp-*")]
+    return [
+        path
+        for branch in (run.trunk, *run.decays())
+        for path in branch.checkpoints_folder.glob(".step-*.tmp-*")
+    ]
 
 
 def num_lines(run):
@@ -71,7 +75,11 @@ def test_killed_ten_times_is_the_run_never_killed(make_recipe, train, same_check
     generator, run = random.Random(0), Run(folder=tmp_path / "killed")
     killed_inside_a_save = 0
     for kill in range(NUM_KILLS):
-        words = ("--resume", run.folder) if (run.folder / "recipe.toml").exists() else (recipe_file, "--out", run.folder)
+        words = (
+            ("--resume", run.folder)
+            if (run.folder / "recipe.toml").exists()
+            else (recipe_file, "--out", run.folder)
+        )
         before = num_lines(run)
         process = start(*words)
         # Ten kills spread over the run: each lets the run get on by a few updates at most.
@@ -86,7 +94,10 @@ def test_killed_ten_times_is_the_run_never_killed(make_recipe, train, same_check
         killed_inside_a_save += bool(unfinished_saves(run))
     assert killed_inside_a_save >= 2
     finished = subprocess.run(
-        command("--resume", run.folder), env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
+        command("--resume", run.folder),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
     )
     assert finished.returncode == 0, finished.stderr
 

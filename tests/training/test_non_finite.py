@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from minicpm_edge.checkpoint import load_checkpoint, verify_manifest
-from minicpm_edge.progress import Progress
 from minicpm_training.run import Run
 from minicpm_training.session import Session, Watcher, train_run
 from minicpm_training.state import read_state
 from minicpm_training.trainer import NonFiniteLossError
+
+from minicpm_edge.checkpoint import load_checkpoint, verify_manifest
+from minicpm_edge.progress import Progress
 
 
 @pytest.fixture
@@ -56,7 +57,10 @@ def test_nothing_changes_and_the_batch_is_named(trainer, bad, where):
 def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(make_recipe, tmp_path):
     recipe = make_recipe("schedule.peak_lr=1e19", "schedule.warmup_tokens=0", "checkpoint.every=1")
     run = Run(folder=tmp_path / "run")
-    with open(tmp_path / "log", "w") as stream, pytest.raises(NonFiniteLossError, match="The last checkpoint"):
+    with (
+        open(tmp_path / "log", "w") as stream,
+        pytest.raises(NonFiniteLossError, match="The last checkpoint"),
+    ):
         train_run(recipe, run, Watcher(progress=Progress(stream)))
     tip = run.trunk.steps()[-1]
     assert len(run.trunk.metrics()) == tip == read_state(run.trunk.checkpoint(tip)).step

@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
 from minicpm_training.optimizer import (
     build_optimizer,
     load_optimizer_tensors,
@@ -12,6 +9,10 @@ from minicpm_training.optimizer import (
     set_learning_rate,
 )
 from minicpm_training.recipe import OptimizerSection
+
+from minicpm_edge.config import ModelConfig
+from minicpm_edge.errors import UserError
+from minicpm_edge.model import MiniCPM
 
 CONFIG = ModelConfig(
     vocab_size=97,
@@ -77,7 +78,9 @@ def test_one_update_is_adamws_formula():
     lr = 0.01 / 4
     expected = before * (1 - lr * 0.1) - lr * gradient / (gradient.abs() + 1e-8)  # bias-corrected first step
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(model.norm.weight.detach(), torch.ones(64), rtol=0, atol=0)  # no decay on norms
+    torch.testing.assert_close(
+        model.norm.weight.detach(), torch.ones(64), rtol=0, atol=0
+    )  # no decay on norms
 
 
 def test_state_goes_round_to_the_bit():
