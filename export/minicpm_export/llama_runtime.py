@@ -6,11 +6,10 @@ Legend: T positions of one window, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import llama_cpp
 import numpy as np
@@ -22,31 +21,23 @@ from minicpm_export.threads import num_threads
 ERROR_LEVEL, CONTINUED_LEVEL = 4, 5  # ggml_log_level
 F32_CACHE, NO_FLASH_ATTENTION = 0, 0  # ggml_type, llama_flash_attn_type
 
-
-@contextmanager
-def quiet_log() -> Iterator[list[str]]:
-    """Keep llama.cpp's log off the terminal; yields the error lines it wrote meanwhile."""
-    errors: list[str] = []
-    last_level = [0]
-
-    def collect(level: int, text: bytes, _: object) -> None:
-        last_level[0] = last_level[0] if level == CONTINUED_LEVEL else level
-        if last_level[0] == ERROR_LEVEL:
-            errors.append(text.decode("utf-8", "replace").strip())
-
-    callback = llama_cpp.llama_log_callback(collect)
-    previous, user_data = _log_callback()
-    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
-    try:
-        yield errors
-    finally:
-        llama_cpp.llama_log_set(previous, user_data)
+_errors: list[str] = []
+_last_level = 0
 
 
-def _log_callback() -> tuple[Any, Any]:
-    callback, user_data = llama_cpp.llama_log_callback(), ctypes.c_void_p(0)
-    llama_cpp.llama_log_get(ctypes.byref(callback), ctypes.byref(user_data))
-    return callback, user_data
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _collect(level: int, text: bytes, _: object) -> None:
+    global _last_level
+    _last_level = _last_level if level == CONTINUED_LEVEL else level
+    if _last_level == ERROR_LEVEL:
+        _errors.append(text.decode("utf-8", "replace").strip())
+
+
+def quiet_log() -> list[str]:
+    """Keep llama.cpp's log off the terminal from now on; returns the list that its errors will be added to."""
+    llama_cpp.llama_log_set(_collect, ctypes.c_void_p(0))
+    _errors.clear()
+    return _errors
 
 
 class LlamaRuntime:
@@ -62,26 +53,27 @@ class LlamaRuntime:
     def __init__(self, path: Path, *, context_length: int, defaults: bool = False) -> None:
         """Raises :class:`UserError` where llama.cpp refuses the file."""
         self.model = self._context = None
-        with quiet_log() as errors:
-            llama_cpp.llama_backend_init()
-            model_params = llama_cpp.llama_model_default_params()
-            model_params.n_gpu_layers = 0
-            self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
-            if not self.model:
-                reason = "; ".join(errors) or "no reason given"
-                raise UserError(f"{path}: llama.cpp does not load it ({reason})")
-            params = llama_cpp.llama_context_default_params()
-            params.n_ctx = params.n_batch = context_length
-            params.n_ubatch = min(512, context_length)
-            if not defaults:
-                params.type_k = params.type_v = F32_CACHE
-                params.flash_attn_type = NO_FLASH_ATTENTION
-            params.no_perf = True
-            params.n_threads = params.n_threads_batch = num_threads()
-            self._context = llama_cpp.llama_init_from_model(self.model, params)
+        errors = quiet_log()
+        llama_cpp.llama_backend_init()
+        model_params = llama_cpp.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+        if not self.model:
+            reason = "; ".join(errors) or "no reason given"
+            raise UserError(f"{path}: llama.cpp does not load it ({reason})")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = context_length
+        params.n_ubatch = min(512, context_length)
+        if not defaults:
+            params.type_k = params.type_v = F32_CACHE
+            params.flash_attn_type = NO_FLASH_ATTENTION
+        params.no_perf = True
+        params.n_threads = params.n_threads_batch = num_threads()
+        self._context = llama_cpp.llama_init_from_model(self.model, params)
         if not self._context:
+            reason = "; ".join(errors) or "no reason given"
             self.close()
-            raise UserError(f"{path}: llama.cpp cannot run it ({'; '.join(errors) or 'no reason given'})")
+            raise UserError(f"{path}: llama.cpp cannot run it ({reason})")
         self._vocab = llama_cpp.llama_model_get_vocab(self.model)
         self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
 
@@ -95,8 +87,8 @@ class LlamaRuntime:
                 batch.token[position], batch.pos[position] = token, position
                 batch.n_seq_id[position], batch.seq_id[position][0] = 1, 0
                 batch.logits[position] = True
-            with quiet_log() as errors:
-                status = llama_cpp.llama_decode(self._context, batch)
+            errors = quiet_log()
+            status = llama_cpp.llama_decode(self._context, batch)
         finally:
             llama_cpp.llama_batch_free(batch)
         if status != 0:
@@ -117,11 +109,11 @@ class LlamaRuntime:
 
     def close(self) -> None:
         """Free the model; a second call does nothing."""
-        with quiet_log():
-            if self._context:
-                llama_cpp.llama_free(self._context)
-            if self.model:
-                llama_cpp.llama_model_free(self.model)
+        quiet_log()
+        if self._context:
+            llama_cpp.llama_free(self._context)
+        if self.model:
+            llama_cpp.llama_model_free(self.model)
         self._context = self.model = None
 
     def __enter__(self) -> Self:

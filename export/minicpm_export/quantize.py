@@ -39,8 +39,8 @@ def quantize(source: Path, out: Path, quant: str) -> None:
     params.nthread = num_threads()
     if hasattr(params, "max_buf_size"):  # since llama-cpp-python 0.3.36
         params.max_buf_size = MAX_BUFFER_BYTES
-    with quiet_log() as errors:
-        status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
+    errors = quiet_log()
+    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
     if status != 0:
         raise UserError(f"llama.cpp cannot quantise to {quant}: {'; '.join(errors) or f'status {status}'}")
 

@@ -68,7 +68,7 @@ def test_int8_is_near_and_a_quarter_of_the_size(variant, make_model, token_ids, 
     cost = np.abs(whole - expected).mean()
     assert 1e-4 < cost < 0.02 * expected.std()
     # Activations are rounded for each token by itself: apart from a rounding that tips over, company changes nothing.
-    assert np.abs(OrtRuntime(path, through_cache=True).logits(token_ids) - whole).mean() < 0.1 * cost
+    assert np.abs(OrtRuntime(path, through_cache=True).logits(token_ids) - whole).mean() < 0.3 * cost
 
 
 def test_rows_of_a_batch_do_not_see_each_other(make_model, token_ids, tmp_path):
