@@ -1,263 +1,247 @@
-"""Documents out of files: txt, md, jsonl (plain, .gz, .zst) and parquet, folders and patterns of them, mixed.
+"""Reading text from files: txt, md, jsonl, jsonl.gz, jsonl.zst, parquet, folders, globs, `datasets` names.
 
-A text file is one document. A row is a document by its ``field``, or a chat where it has ``messages``. Whatever
-cannot be read is counted in the report with its file and line, and skipped.
+The reader only cuts files into chunks of about a megabyte, as fast as the disk; :mod:`.rows` makes documents of them,
+on all cores. What cannot be read is passed on as a problem, never dropped in silence.
 """
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
-import json
-import zlib
+import glob
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
-from minicpm_edge.chat import check_messages
 from minicpm_edge.errors import UserError
-from minicpm_training.data.report import Report
 
-PIECE_BYTES = 1 << 20
-# A longer text file is cut at line ends into documents of about this size, so that memory stays bounded.
-MAX_TEXT_BYTES = 32 << 20
-
-Message = dict[str, object]
+CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 16  # of one read: what a damaged compressed file loses before the damage
+MAX_LINE_BYTES = 256 << 20  # of one JSON line
+MAX_TEXT_BYTES = 32 << 20  # of one text file taken as one document; a longer one is cut at ends of lines
+COMPRESSIONS = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
+TEXT_SUFFIXES, TABLE_SUFFIX = (".txt", ".md"), ".parquet"
+SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSIONS, TABLE_SUFFIX)
+CHAT_FIELD = "messages"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Document:
-    """One document: its text, or the messages of a chat (then ``text`` is empty)."""
+class Source:
+    """One SRC of the command line: its files in a fixed order, or the name of a dataset."""
 
-    text: str = ""
-    messages: tuple[Message, ...] = ()
-
-    @property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of the text, or of the messages' contents."""
-        if not self.messages:
-            return len(self.text.encode("utf-8", "replace"))
-        return sum(len(str(message["content"]).encode("utf-8", "replace")) for message in self.messages)
+    name: str
+    files: tuple[Path, ...] = ()
+    dataset: str | None = None
+    num_ignored: int = 0  # files in its folder that are of no kind that can be read
 
 
-def expand(sources: Sequence[str]) -> list[Path]:
-    """The files that the arguments name: a file, every readable file under a folder, or a pattern's matches.
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Something to make documents of.
 
-    Raises :class:`UserError` for a source that names nothing, or a file of a kind that is not read.
+    ``content`` is a text file (``text``), whole JSON lines (``lines``), or rows (``rows``); ``first`` the number of
+    its first line or row, from 1. A ``problem`` says what could not be read at that place.
     """
-    files: list[Path] = []
-    for source in sources:
-        path = Path(source)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob("*") if file.is_file() and _reader(file))
-            if not found:
-                raise UserError(f"{source}: no file under it that is read; read are {', '.join(READERS)}")
-        elif path.is_file():
-            if not _reader(path):
-                raise UserError(f"{source}: not a kind of file that is read; read are {', '.join(READERS)}")
-            found = [path]
-        else:
-            found = sorted(file for file in _matches(path) if file.is_file() and _reader(file))
-            if not found:
-                raise UserError(f"{source}: no such file or folder")
-        files += found
-    return list(dict.fromkeys(files))  # a file named twice is read once
+
+    kind: Literal["text", "lines", "rows", "problem"]
+    place: str
+    first: int
+    content: bytes | Sequence[Mapping[str, Any]] | str
 
 
-def is_dataset(source: str) -> bool:
-    """Whether ``source`` can only be the name of a data set: no such path or pattern, and ``datasets`` is installed."""
-    path = Path(source)
-    if path.exists() or _reader(path) or any(sign in source for sign in "*?["):
-        return False
-    return importlib.util.find_spec("datasets") is not None
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Parts of one source, by its index, worth about a megabyte. ``done`` is the share of the source read so far."""
+
+    source: int
+    parts: tuple[Part, ...]
+    done: float
 
 
-def read_documents(file: Path, *, field: str, report: Report) -> Iterator[Document]:
-    """The documents of one file, in order; ``report`` counts them, and what had to be left out."""
-    reader = _reader(file)
-    assert reader is not None, f"{file} was not expanded"
+def find_sources(names: Sequence[str]) -> list[Source]:
+    """Files behind each SRC; a file that two of them name is read once. UserError for one that names nothing."""
+    seen: set[Path] = set()
+    sources = []
+    for name in names:
+        source = _find_source(name)
+        new = [file for file in source.files if file.resolve() not in seen]
+        seen.update(file.resolve() for file in new)
+        if new or source.dataset:
+            sources.append(
+                Source(name=name, files=tuple(new), dataset=source.dataset, num_ignored=source.num_ignored)
+            )
+    return sources
+
+
+def _find_source(name: str) -> Source:
+    path = Path(name).expanduser()
+    if path.is_dir():
+        files = [
+            Path(folder) / file for folder, _, names in os.walk(path) for file in names if file[0] != "."
+        ]
+        known = sorted(file for file in files if _suffix(file))
+        if not known:
+            raise UserError(f"the folder {name} holds no {', '.join(SUFFIXES)} file")
+        return Source(name=name, files=tuple(known), num_ignored=len(files) - len(known))
+    if path.exists():
+        if not _suffix(path):
+            raise UserError(f"{name} is of no kind that can be read: {', '.join(SUFFIXES)}")
+        return Source(name=name, files=(path,))
+    if glob.has_magic(name):
+        found = sorted(Path(file) for file in glob.glob(str(path), recursive=True))  # noqa: PTH207  takes absolute ones
+        known = [file for file in found if file.is_file() and _suffix(file)]
+        if not known:
+            raise UserError(f"{name} matches no {', '.join(SUFFIXES)} file")
+        return Source(name=name, files=tuple(known), num_ignored=len(found) - len(known))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not _suffix(path):
+        return Source(name=name, dataset=name)
+    raise UserError(f"{name} does not exist")
+
+
+def _suffix(path: Path) -> str | None:
+    lower = path.name.lower()
+    return next((suffix for suffix in SUFFIXES if lower.endswith(suffix)), None)
+
+
+def read_chunks(sources: Sequence[Source], field: str) -> Iterator[Chunk]:
+    """Every source in order, in chunks."""
+    for index, source in enumerate(sources):
+        waiting: list[Part] = []
+        size = 0
+        for part, done in _read_dataset(source, field) if source.dataset else _read_files(source, field):
+            waiting.append(part)
+            size += _size(part)
+            if size >= CHUNK_BYTES:
+                yield Chunk(source=index, parts=tuple(waiting), done=done)
+                waiting, size = [], 0
+        if waiting:
+            yield Chunk(source=index, parts=tuple(waiting), done=1.0)
+
+
+def _size(part: Part) -> int:
+    if isinstance(part.content, str | bytes):
+        return len(part.content)
+    return sum(len(str(value)) for row in part.content for value in row.values()) + 1
+
+
+def _read_files(source: Source, field: str) -> Iterator[tuple[Part, float]]:
+    total = sum(_file_size(file) for file in source.files) or 1
+    before = 0
+    for file in source.files:
+        size = _file_size(file)
+        try:
+            for part, done in _read_file(file, field):
+                yield part, (before + done * size) / total
+        except OSError as error:
+            problem = error.strerror or " ".join(str(error).split())
+            yield Part(kind="problem", place=str(file), first=0, content=f"cannot be read: {problem}"), 0.0
+        before += size
+
+
+def _file_size(file: Path) -> int:
     try:
-        for document in reader(file, field, report):
-            report.documents += 1
-            report.chats += bool(document.messages)
-            report.text_bytes += document.num_bytes
-            report.files[str(file)] += 1
-            yield document
-    except (OSError, EOFError, zlib.error) as error:
-        report.skip(f"the file ends early or cannot be read: {_short(error)}", str(file))
+        return file.stat().st_size
+    except OSError:  # a dangling link: reading it will say so
+        return 0
 
 
-def _matches(path: Path) -> Iterator[Path]:
-    """The files a pattern such as ``data/*.jsonl`` means, in shells that do not expand it."""
-    parts = path.parts
-    wild = next((i for i, part in enumerate(parts) if any(sign in part for sign in "*?[")), None)
-    if wild is None:
-        return iter(())
-    return Path(*parts[:wild]).glob("/".join(parts[wild:]))
+def _read_file(file: Path, field: str) -> Iterator[tuple[Part, float]]:
+    suffix = _suffix(file)
+    if suffix in TEXT_SUFFIXES:
+        return _read_text(file)
+    if suffix == TABLE_SUFFIX:
+        return _read_table(file, field)
+    return _read_lines(file, COMPRESSIONS[suffix or ""])
 
 
-def _read_text(file: Path, field: str, report: Report) -> Iterator[Document]:
+def _read_text(file: Path) -> Iterator[tuple[Part, float]]:
+    size = file.stat().st_size
+    first = 1
     with file.open("rb") as stream:
-        number = 0
-        while raw := stream.read(MAX_TEXT_BYTES):
-            raw += stream.readline() if len(raw) == MAX_TEXT_BYTES else b""
-            number += 1
-            place = str(file) if number == 1 else f"{file}, part {number}"
-            try:
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError:
-                report.skip("not UTF-8 text", place)
-                continue
-            if text.strip():
-                yield Document(text=text)
-            else:
-                report.skip("empty text", place)
-        if number == 0:
-            report.skip("empty text", str(file))
+        while content := stream.read(MAX_TEXT_BYTES):
+            if len(content) == MAX_TEXT_BYTES:
+                content += stream.readline(MAX_TEXT_BYTES)
+            yield Part(kind="text", place=str(file), first=first, content=content), stream.tell() / size
+            first += content.count(b"\n")
+        if size == 0:
+            yield Part(kind="text", place=str(file), first=1, content=b""), 1.0
 
 
-def _read_jsonl(file: Path, field: str, report: Report, *, compression: str = "") -> Iterator[Document]:
-    with file.open("rb") as stream:
-        for number, line in enumerate(_lines(_pieces(stream, compression)), start=1):
-            if not line.strip():
-                continue
-            place = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except UnicodeDecodeError:
-                report.skip("not UTF-8 text", place)
-            except (ValueError, RecursionError):
-                report.skip("not JSON", place)
-            else:
-                yield from _row(row, field, place, report)
+def _read_lines(file: Path, compression: str | None) -> Iterator[tuple[Part, float]]:
+    """Whole lines, a block at a time; a line past the limit is a problem of its own."""
+    import pyarrow as pa
 
-
-def _read_parquet(file: Path, field: str, report: Report) -> Iterator[Document]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.ParquetFile(file)
-        columns = [name for name in (field, "messages") if name in table.schema_arrow.names]
-        if not columns:
-            report.skip(f"no column {field!r}", str(file))
+    size = file.stat().st_size or 1
+    raw = pa.OSFile(str(file))
+    stream = pa.CompressedInputStream(raw, compression) if compression else raw
+    first, held, held_bytes = 1, [], 0
+    too_long = False
+    while True:
+        block: bytes = stream.read(CHUNK_BYTES if compression is None else BLOCK_BYTES)
+        end = block.rfind(b"\n") + 1 if block else 0
+        if end or (not block and held):
+            content = b"".join([*held, block[:end]])
+            start = content.find(b"\n") + 1 if too_long else 0  # the rest of the line that was dropped
+            if start or not too_long:
+                part = Part(kind="lines", place=str(file), first=first + bool(start), content=content[start:])
+                yield part, raw.tell() / size
+            first += content.count(b"\n")
+            held, held_bytes, too_long = [], 0, False
+        if not block:
             return
-        number = 0
-        for batch in table.iter_batches(batch_size=256, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                yield from _row(row, field, f"{file}:{number}", report)
-    except pyarrow.ArrowException as error:
-        report.skip(f"not readable as parquet: {_short(error)}", str(file))
+        held.append(block[end:])
+        held_bytes += len(held[-1])
+        if held_bytes > MAX_LINE_BYTES:
+            if not too_long:
+                problem = f"a line of more than {MAX_LINE_BYTES >> 20} MB"
+                yield Part(kind="problem", place=str(file), first=first, content=problem), raw.tell() / size
+            held, held_bytes, too_long = [], 0, True
 
 
-def read_dataset(name: str, *, field: str, report: Report) -> Iterator[Document]:
-    """The training split of a ``datasets`` name, streamed."""
-    import datasets
+def _read_table(file: Path, field: str) -> Iterator[tuple[Part, float]]:
+    import pyarrow as pa
+    from pyarrow import parquet
 
     try:
-        rows = datasets.load_dataset(name, split="train", streaming=True)
-        for number, row in enumerate(rows, start=1):
-            for document in _row(row, field, f"{name}:{number}", report):
-                report.documents += 1
-                report.chats += bool(document.messages)
-                report.text_bytes += document.num_bytes
-                report.files[name] += 1
-                yield document
-    except (OSError, ValueError) as error:
-        raise UserError(f"the data set {name!r} cannot be loaded: {_short(error)}") from None
+        with parquet.ParquetFile(file, memory_map=True) as table:
+            columns = table.schema_arrow.names
+            column = CHAT_FIELD if CHAT_FIELD in columns else field
+            if column not in columns:
+                problem = f"no column {field!r} among {', '.join(columns)[:200]}"
+                yield Part(kind="problem", place=str(file), first=0, content=problem), 1.0
+                return
+            first, total = 1, table.metadata.num_rows or 1
+            for batch in table.iter_batches(batch_size=128, columns=[column]):
+                rows = batch.to_pylist()
+                yield Part(kind="rows", place=str(file), first=first, content=rows), first / total
+                first += len(rows)
+    except pa.ArrowException as error:
+        problem = "damaged: " + " ".join(str(error).split())[:200]
+        yield Part(kind="problem", place=str(file), first=0, content=problem), 1.0
 
 
-def _row(row: Any, field: str, place: str, report: Report) -> Iterator[Document]:
-    if not isinstance(row, Mapping):
-        report.skip("not a JSON object", place)
-    elif row.get(field) is None and row.get("messages") is not None:
-        yield from _chat(row["messages"], place, report)
-    elif field not in row:
-        report.skip(f"no field {field!r}", place)
-    elif not isinstance(text := row[field], str):
-        report.skip(f"the field {field!r} is not text", place)
-    elif not text.strip():
-        report.skip("empty text", place)
-    else:
-        yield Document(text=text)
-
-
-def _chat(messages: Any, place: str, report: Report) -> Iterator[Document]:
+def _read_dataset(source: Source, field: str) -> Iterator[tuple[Part, float]]:
+    """Rows of a dataset by its name (``NAME`` or ``NAME:CONFIG``), streamed from its ``train`` split."""
+    assert source.dataset is not None
     try:
-        checked = check_messages(messages)
-    except UserError as error:
-        report.skip(f"malformed chat: {error}", place)
-        return
-    if not any(message["role"] == "assistant" for message in checked):
-        report.skip("a chat in which the assistant says nothing", place)
-        return
-    yield Document(messages=tuple(checked))
-
-
-def _lines(pieces: Iterator[bytes]) -> Iterator[bytes]:
-    """Whole lines out of pieces cut anywhere."""
-    rest = b""
-    for piece in pieces:
-        first, *more = piece.split(b"\n")
-        if not more:
-            rest += first
-            continue
-        yield rest + first
-        yield from more[:-1]
-        rest = more[-1]
-    if rest:
-        yield rest
-
-
-def _pieces(stream: BinaryIO, compression: str) -> Iterator[bytes]:
-    if compression == "zst":
-        yield from _zstandard_pieces(stream)
-        return
-    source: Any = gzip.GzipFile(fileobj=stream) if compression == "gz" else stream
-    while piece := source.read(PIECE_BYTES):
-        yield piece
-
-
-def _zstandard_pieces(stream: BinaryIO) -> Iterator[bytes]:
-    """Decompressed pieces of all frames; raises ``EOFError`` where the last frame is cut short, unlike the library."""
-    import zstandard
-
-    decompressor = zstandard.ZstdDecompressor()
-    frame = decompressor.decompressobj()
-    fed = False
-    while raw := stream.read(PIECE_BYTES):
-        while raw:
-            if frame.eof:
-                frame = decompressor.decompressobj()
-            try:
-                piece = frame.decompress(raw)
-            except zstandard.ZstdError as error:
-                raise EOFError(f"damaged zstandard data ({error})") from None
-            fed = True
-            if piece:
-                yield piece
-            raw = frame.unused_data if frame.eof else b""
-    if fed and not frame.eof:
-        raise EOFError("the last zstandard frame is cut short")
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-READERS = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": partial(_read_jsonl, compression="gz"),
-    ".jsonl.zst": partial(_read_jsonl, compression="zst"),
-    ".parquet": _read_parquet,
-}
-
-
-def _reader(file: Path) -> Any:
-    name = file.name.lower()
-    return next((reader for suffix, reader in READERS.items() if name.endswith(suffix)), None)
+        import datasets
+    except ImportError:
+        raise UserError(
+            f"{source.name} is no file or folder; to read a dataset of that name: pip install datasets"
+        ) from None
+    name, _, config = source.dataset.partition(":")
+    first = 1
+    rows: list[Mapping[str, Any]] = []
+    try:
+        for row in datasets.load_dataset(name, config or None, split="train", streaming=True):
+            column = CHAT_FIELD if CHAT_FIELD in row else field
+            rows.append({column: row[column]} if column in row else {})
+            if len(rows) == 128:
+                yield Part(kind="rows", place=source.name, first=first, content=rows), 0.0
+                first, rows = first + len(rows), []
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
+        problem = " ".join(str(error).split())[:200]
+        raise UserError(f"{source.name} is no file or folder, and `datasets` says: {problem}") from error
+    if rows:
+        yield Part(kind="rows", place=source.name, first=first, content=rows), 1.0
