@@ -13,6 +13,7 @@ chosen:
 """
 
 import itertools
+import os
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from minicpm_kernels.attention_reference import (
     attention_cpu_forward,
     attention_reference,
 )
+from minicpm_kernels.backend import OVERRIDE_VARIABLE, Backend, choose_backend, interpreter_enabled
 
 
 def attention(
@@ -110,7 +112,8 @@ def _check_inputs(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tenso
             f"attention: {heads} query, {kv_heads} key and {v_NKD.shape[1]} value heads; keys and values need "
             "the same number, which divides that of the queries"
         )
-    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
+    shortest = 2 if q_NHD.shape[0] > 0 else 1
+    if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < shortest:
         raise ValueError(
             f"attention: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
             "give int32 (number of documents + 1,)"
@@ -133,6 +136,41 @@ def _check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
+def attention_backend(q_NHD: Tensor) -> Backend:
+    """What attention of these queries runs on, and why: like ``choose_backend``, but knowing the kernels'
+    limits.
+
+    Raises ``RuntimeError`` where ``MINICPM_KERNELS=triton`` asks for kernels that do not serve these tensors.
+    """
+    backend = choose_backend(q_NHD, "attention")
+    if backend.name == "reference":
+        return backend
+    obstacle = _obstacle_to_kernels(q_NHD)
+    if obstacle and os.environ.get(OVERRIDE_VARIABLE) == "triton":
+        raise RuntimeError(
+            f"attention: {OVERRIDE_VARIABLE}=triton, but {obstacle}; unset {OVERRIDE_VARIABLE}"
+        )
+    if obstacle:
+        return Backend(name="reference", reason=f"attention: plain torch, because {obstacle}")
+    return backend
+
+
+def _obstacle_to_kernels(q_NHD: Tensor) -> str:
+    """Why the Triton kernels do not serve these tensors, as a clause; empty when they do."""
+    head_dim = q_NHD.shape[2]
+    if head_dim not in (16, 32, 64, 128):
+        return f"the kernels serve head dims 16, 32, 64 and 128, not {head_dim}"
+    if q_NHD.dtype == torch.float32 and not interpreter_enabled():
+        return "tensor cores would round float32 to tf32"
+    if q_NHD.is_cuda:
+        capability = torch.cuda.get_device_capability(q_NHD.device)
+        if capability < (8, 0):
+            return f"the kernels need compute capability 8.0, the card has {capability[0]}.{capability[1]}"
+        if head_dim == 128 and capability in ((8, 6), (8, 9)):
+            return "head dim 128 needs more shared memory in backward than the card has"
+    return ""
+
+
 @torch.library.custom_op("minicpm_kernels::attention", mutates_args=())
 def _attention_op(
     q_NHD: Tensor,
@@ -144,6 +182,12 @@ def _attention_op(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
+    if attention_backend(q_NHD).name == "triton":
+        from minicpm_kernels.attention_triton_fwd import attention_triton_forward
+
+        return attention_triton_forward(
+            q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
+        )
     if q_NHD.device.type == "cpu":
         _check_bounds(cu_seqlens, q_NHD.shape[0])
         return attention_cpu_forward(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
@@ -180,6 +224,13 @@ def _attention_backward_op(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if attention_backend(q_NHD).name == "triton":
+        from minicpm_kernels.attention_triton_bwd import attention_triton_backward
+
+        return attention_triton_backward(
+            d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens,
+            max_seqlen=max_seqlen, scale=scale, window=window, deterministic=deterministic,
+        )  # fmt: skip
     if q_NHD.device.type == "cpu":
         return attention_cpu_backward(
             d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens, scale=scale, window=window

@@ -44,13 +44,9 @@ def adds_dq(head_dim: int, deterministic: bool) -> bool:
     return not deterministic and head_dim <= 64
 
 
-def dkdv_tiles(head_dim: int, group: int) -> Tiles:
-    """Scores are computed transposed, keys by queries: as queries by keys, head dim 128 spills registers.
-
-    At head dim 128 the loop over a group's heads costs the last registers, which pipelined loads would need.
-    """
-    num_stages = 1 if head_dim > 64 and group > 1 else 2
-    return Tiles(block_q=64, block_k=128, num_warps=8, num_stages=num_stages)
+def dkdv_tiles(head_dim: int) -> Tiles:
+    """Scores are computed transposed, keys by queries: as queries by keys, head dim 128 spills registers."""
+    return Tiles(block_q=64, block_k=128, num_warps=8, num_stages=2)
 
 
 def dq_tiles(head_dim: int) -> Tiles:
@@ -97,7 +93,6 @@ def _dkdv_block(
     b_score = tl.dot(b_k, b_q.T)
     # Through TMA too: as ordinary pipelined loads these two rows alone took 32 instructions of each thread.
     b_lse_log2 = tl.reshape(t_lse_log2.load([head, query]), (BLOCK_Q,))
-    b_delta = tl.reshape(t_delta.load([head, query]), (BLOCK_Q,))
     b_weight = tl.exp2(b_score * scale_log2 - b_lse_log2[None, :])
     if MASKED:
         b_query = query + tl.arange(0, BLOCK_Q)
@@ -106,6 +101,8 @@ def _dkdv_block(
     b_d_out = t_d_out.load([query, column])
     b_dv = tl.dot(b_weight.to(b_d_out.dtype), b_d_out, b_dv)
     b_d_weight = tl.dot(b_v, b_d_out.T)
+    # Loaded only here: a row of queries is 16 registers of each thread, and head dim 128 has none to spare.
+    b_delta = tl.reshape(t_delta.load([head, query]), (BLOCK_Q,))
     b_d_score = (b_weight * (b_d_weight - b_delta[None, :])).to(b_q.dtype)
     b_dk = tl.dot(b_d_score, b_q, b_dk)
     if ADD_DQ:
@@ -131,8 +128,7 @@ def attention_bwd_dkdv_kernel(
     middle = first_key + BLOCK_K
     tail = tl.maximum(tl.load(p_end_query + first_key) // BLOCK_Q * BLOCK_Q, middle)
     stop = tl.load(p_end_query + tl.minimum(middle, num_tokens) - 1)
-    num_diagonal: tl.constexpr = BLOCK_K // BLOCK_Q
-    num_masked = num_diagonal + tl.maximum(tl.cdiv(stop - tail, BLOCK_Q), 0)
+    num_masked = BLOCK_K // BLOCK_Q + tl.maximum(tl.cdiv(stop - tail, BLOCK_Q), 0)
     num_full = (tail - middle) // BLOCK_Q
 
     b_k = t_k.load([first_key, column])
@@ -141,19 +137,17 @@ def attention_bwd_dkdv_kernel(
     b_dv = tl.zeros((BLOCK_K, HEAD_DIM), tl.float32)
     # Each loop walks blocks and heads of the group with counters: nested loops would hold more registers.
     head = kv_head * GROUP
-    block = 0
+    query = first_key
     for _ in tl.range(0, GROUP * num_masked):
-        query = tl.where(
-            block < num_diagonal, first_key + block * BLOCK_Q, tail + (block - num_diagonal) * BLOCK_Q
-        )
         b_dk, b_dv = _dkdv_block(
             b_k, b_v, b_dk, b_dv, t_q, t_d_out, t_dq_sum, t_lse_log2, t_delta, head, query, b_key, b_end_query,
             scale_log2, BLOCK_Q, HEAD_DIM, True, ADD_DQ,
         )  # fmt: skip
-        block += 1
+        query += BLOCK_Q
+        query = tl.where(query == middle, tail, query)
         if GROUP > 1:
-            head = tl.where(block == num_masked, head + 1, head)
-            block = tl.where(block == num_masked, 0, block)
+            head = tl.where(query >= stop, head + 1, head)
+            query = tl.where(query >= stop, first_key, query)
     head = kv_head * GROUP
     query = middle
     for _ in tl.range(0, GROUP * num_full):
@@ -261,7 +255,7 @@ def attention_triton_backward(
 
     add_dq = adds_dq(head_dim, deterministic)
     dq_sum_NHD = torch.zeros(q_NHD.shape, dtype=torch.float32, device=q_NHD.device) if add_dq else None
-    tiles = dkdv_tiles(head_dim, group)
+    tiles = dkdv_tiles(head_dim)
     num_tiles = triton.cdiv(num_tokens, tiles.block_k)
     attention_bwd_dkdv_kernel[(num_tiles * num_kv_heads,)](
         descriptor(q_NHD, tiles.block_q),
@@ -366,7 +360,7 @@ def _stats_case(head_dim: int) -> Sm90Case:
 
 
 def _dkdv_case(head_dim: int, group: int, *, add_dq: bool) -> Sm90Case:
-    tiles = dkdv_tiles(head_dim, group)
+    tiles = dkdv_tiles(head_dim)
     q_tile, k_tile = _tile_type(tiles.block_q, head_dim), _tile_type(tiles.block_k, head_dim)
     stats_row = _tile_type(1, tiles.block_q, "fp32")
     return Sm90Case(
