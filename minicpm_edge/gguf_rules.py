@@ -30,6 +30,10 @@ def check_values(metadata: Metadata) -> None:
     settings = _Settings(metadata, architecture.value)
     layers = settings.integer("block_count", 1, MAX_LAYERS)
     width = settings.integer("embedding_length", 1, MAX_WIDTH)
+    if settings.integer("embedding_length_out", 0, MAX_WIDTH) not in (None, 0, width):
+        raise GGUFError(
+            f"{architecture.value}.embedding_length_out is not the embedding_length of a language model"
+        )
     settings.integer("context_length", 1, 2**31 - 1)
     settings.integer("nextn_predict_layers", 0, (layers or 1) - 1)
     settings.by_layer("feed_forward_length", layers)

@@ -126,6 +126,7 @@ class LlamaCppEngine:
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = threads
+        params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE  # embed() does its own
         params.no_perf = True
         return params
 
@@ -176,7 +177,10 @@ class LlamaCppEngine:
         _errors.clear()
         code: int = llama_cpp.llama_decode(self._context, batch)
         if code not in (0, _ABORTED):
-            raise RuntimeError(f"llama_decode returned {code} at position {position}: {_first_error()}")
+            raise UserError(
+                f"llama.cpp failed at token {position} ({_first_error()}, code {code}); "
+                "if memory is short, a smaller context_length needs less"
+            )
         return code == 0
 
 

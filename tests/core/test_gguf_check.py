@@ -174,6 +174,7 @@ def test_structures_that_do_not_fit(change, message, edit):
         ("block_count must be a number", "llama.block_count", string("2")),
         ("embedding_length must be from 1", "llama.embedding_length", u32(0)),
         ("embedding_length must be from 1", "llama.embedding_length", f32(32)),
+        ("embedding_length_out is not", "llama.embedding_length_out", u32(33)),
         ("context_length must be from 1", "llama.context_length", u32(2**32 - 1)),
         ("head_count must be from 1", "llama.attention.head_count", u32(0)),
         ("for each of the 2 layers", "llama.attention.head_count", array(INT32, *[struct.pack("<i", 2)] * 3)),
@@ -264,6 +265,7 @@ for path in sys.argv[1:]:
         with load(path, threads=1) as model:
             model.generate("hello <s> world", max_tokens=2, seed=1)
             model.generate("hello", max_tokens=2, temperature=0)
+            model.embed("hello")
             model.detokenize(range(100))
     except UserError:
         pass
