@@ -47,7 +47,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     """Generation ends before the first of these; they are never part of the text."""
     seed: int | None = None
-    """The same seed, settings and prompt give the same text; None draws a fresh seed."""
+    """The same seed, settings and prompt give the same text from the same engine; None draws a fresh seed."""
 
     def __post_init__(self) -> None:
         if self.max_tokens is not None:
