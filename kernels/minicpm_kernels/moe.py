@@ -3,6 +3,7 @@
 Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K.
 """
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -41,8 +42,10 @@ def moe_layer(
     num_experts_per_tok: int,
 ) -> MoeOutput:
     """A whole layer: router and experts. The caller scales the losses (MiniCPM: load balance by 0.01)."""
-    # In float32 whatever the model's type: a rounded logit can change which experts are chosen.
-    logits_NE = F.linear(x_ND.float(), router_weight_ED.float())
+    # In float32 whatever the model's type, and outside autocast: a rounded logit can change which experts are chosen.
+    wide = torch.promote_types(x_ND.dtype, torch.float32)
+    with torch.autocast(x_ND.device.type, enabled=False) if _autocasts(x_ND) else nullcontext():
+        logits_NE = F.linear(x_ND.to(wide), router_weight_ED.to(wide))
     routing = moe_router(logits_NE, num_experts_per_tok)
     out_ND = moe_experts(x_ND, routing.weights_NK, routing.experts_NK, gate_up_E2FD, down_EDF)
     return MoeOutput(out_ND, routing.load_balance_loss, routing.z_loss)
@@ -69,16 +72,25 @@ def moe_experts(
     """out_ND = Σ_k weights[:, k] · down[e] (silu(gate[e] x) · (up[e] x)), where e = experts[:, k].
 
     ``gate_up`` holds the rows of gate, then those of up. Any number of tokens may choose an expert, none included.
-    Differentiable in all but ``experts_NK``, whose ids must lie in [0, E). Sums are in float32.
+    Differentiable in all but ``experts_NK``, whose ids must lie in [0, E). Sums are in float32. Under autocast x and
+    the matrices are cast first, as by a linear layer.
 
     Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
     """
+    if _autocasts(x_ND):
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+        x_ND, gate_up_E2FD, down_EDF = x_ND.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     _check_experts(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
     learns = any(tensor.requires_grad for tensor in (x_ND, weights_NK, gate_up_E2FD, down_EDF))
     out_ND: Tensor = moe_ops.experts_op(
         x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, learns and torch.is_grad_enabled()
     )[0]
     return out_ND
+
+
+def _autocasts(tensor: Tensor) -> bool:
+    device_type = tensor.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # to ask for meta is an error
 
 
 def _check_router(logits_NE: Tensor, num_experts_per_tok: int) -> None:

@@ -108,6 +108,11 @@ class _Groups:
     @classmethod
     def of(cls, experts_NK: Tensor, num_experts: int) -> "_Groups":
         pairs_S = experts_NK.reshape(-1)
+        if pairs_S.numel() and not (pairs_S.min() >= 0 and pairs_S.max() < num_experts):
+            raise ValueError(
+                f"moe_experts: experts must lie in 0 to {num_experts - 1}, "
+                f"not {pairs_S.min().item()} to {pairs_S.max().item()}"
+            )
         order_S = pairs_S.argsort(stable=True)
         return cls(
             order_S=order_S,
