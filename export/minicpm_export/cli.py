@@ -71,6 +71,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     quant = _quant(arguments.form, arguments.quant)
+    if arguments.architecture != "minicpm" and arguments.form != "hf":
+        raise UserError("--architecture goes with --hf; the other forms have one name each")
     found = locate(arguments.model)
     if found.kind != "hf":
         raise UserError(

@@ -84,7 +84,8 @@ def rejected(temporary: Path, out: Path, failed: Certificate) -> UserError:
         shutil.rmtree(aside)
     temporary.replace(aside)
     if aside.is_file():
-        write(aside.parent, dataclasses.replace(failed, file=aside.name))
+        hashes = {aside.name: failed.sha256[failed.file]}
+        write(aside.parent, dataclasses.replace(failed, file=aside.name, sha256=hashes))
     return UserError(
         f"the export is not the model: {'; '.join(failed.failures)}; it was put aside as {aside}"
     )

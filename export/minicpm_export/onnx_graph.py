@@ -80,8 +80,8 @@ class Builder:
     def weight(self, sources: tuple[str, ...], scale: float = 1.0) -> NDArray[np.float32]:
         """Published tensors stacked by rows, in fp32, times a scale."""
         parts = [self.tensors[source].read().float() for source in sources]
-        stacked = (torch.cat(parts) if len(parts) > 1 else parts[0]) * scale
-        array: NDArray[np.float32] = stacked.numpy()
+        stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+        array: NDArray[np.float32] = (stacked if scale == 1.0 else stacked * scale).numpy()
         return array
 
     def matmul(self, x: str, name: str, weight_NK: NDArray[np.float32], out: str) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from minicpm_edge.checkpoint import read_json
 from minicpm_edge.config import ModelConfig
 from minicpm_edge.errors import UserError
 from minicpm_edge.tokenizer import Tokenizer
@@ -109,9 +110,11 @@ def _validation_tokens(run: Path, config: ModelConfig) -> tuple[str, list[int]] 
         return None
     folder = Path(sets[0]["path"])
     shards = sorted(folder.glob("tokens-*.bin"))
-    if not shards:
+    if not shards or not (folder / "manifest.json").is_file():
         return None
-    dtype = np.dtype("<u2" if config.vocab_size <= 1 << 16 else "<u4")
+    dtype = {"uint16": "<u2", "uint32": "<u4"}.get(read_json(folder / "manifest.json").get("dtype", ""))
+    if dtype is None:
+        return None
     tokens = np.fromfile(shards[0], dtype=dtype, count=NUM_WINDOWS * WINDOW_LENGTH)
     if len(tokens) < MIN_TOKENS or int(tokens.max()) >= config.vocab_size:
         return None

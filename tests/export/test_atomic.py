@@ -131,6 +131,7 @@ def test_a_run_keeps_its_exports(model, tmp_path, capsys):
         (["--gguf", "--quant", "Q9"], "Q4_K_M"),
         (["--onnx", "--quant", "Q4_K_M"], "F32, INT8"),
         (["--hf", "--quant", "F16"], "leave --quant out"),
+        (["--gguf", "--architecture", "granite"], "goes with --hf"),
         (["--gguf", "--out", "model.bin"], "must end in .gguf"),
         (["--gguf", "--text", "nowhere.txt"], "nowhere.txt"),
         (["--hf", "--out", "m/config.json"], "is a file"),

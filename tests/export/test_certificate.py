@@ -218,6 +218,7 @@ def test_the_validation_set_of_a_run_is_used(make_model, small_config, tmp_path)
     (tmp_path / "held").mkdir()
     tokens = np.tile(np.array([1, 40, 41, 42, 2], dtype="<u2"), 60)
     tokens.tofile(tmp_path / "held" / "tokens-00000.bin")
+    (tmp_path / "held" / "manifest.json").write_text('{"dtype": "uint16"}', encoding="utf-8")
     recipe = f'[data]\n[[data.valid]]\npath = "{(tmp_path / "held").as_posix()}"\n'
     (tmp_path / "recipe.toml").write_text(recipe, encoding="utf-8")
     text = held_out(tokenizer, small_config, run=tmp_path)

@@ -152,6 +152,27 @@ def test_norms_and_routers_stay_in_f32(make_model, tmp_path):
     assert {name: kind for name, (kind, _) in types.items()} == wanted
 
 
+def test_a_llama_folder_exports_as_a_neutral_minicpm(token_ids, tokenizer_folder, tmp_path):
+    """Judged by `transformers`, which wrote the folder: no code of ours on the reference's side."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=False, initializer_range=0.2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "llama")
+    for file in tokenizer_folder.iterdir():
+        (tmp_path / "llama" / file.name).write_bytes(file.read_bytes())
+    path = write(tmp_path / "llama", tmp_path / "m.gguf")
+    with torch.inference_mode():
+        expected = model(torch.tensor([token_ids])).logits[0].numpy()
+    np.testing.assert_allclose(llama_logits(path, token_ids), expected, atol=1e-3, rtol=0)
+    fields = GGUFReader(path).fields
+    scales = [fields[f"minicpm.{name}_scale"].contents() for name in ("embedding", "residual", "logit")]
+    assert scales == pytest.approx([1.0, 1.0, 1.0])
+
+
 def test_fallbacks_are_told_plainly(make_model, tmp_path):
     folder = make_model(hidden_size=320, num_attention_heads=5, num_key_value_heads=5, intermediate_size=512)
     quantize(write(folder, tmp_path / "full.gguf"), tmp_path / "m.gguf", "Q4_K_M")
