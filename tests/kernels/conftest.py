@@ -7,6 +7,7 @@ the card.
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -30,9 +31,10 @@ def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
         from minicpm_kernels import _interpreter
 
         _interpreter.mend()
-    # Interpreted arithmetic is numpy's, which warns where a GPU saturates in silence (exp2 of a large
-    # number).
-    with np.errstate(all="ignore"):
+    # Interpreted arithmetic is numpy's, which warns where a GPU is silent: exp2 of a large number, the
+    # maximum of NaNs.
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
         yield
 
 
@@ -47,6 +49,38 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
+@pytest.fixture(params=["reference", "triton"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test twice: with the public ops on plain torch, and on their Triton kernels."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_kernels")
+    else:
+        monkeypatch.setenv("MINICPM_KERNELS", "reference")
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def with_gradients() -> Callable[..., list[torch.Tensor]]:
+    """Run an op and its backward; returns its outputs and then the gradient of every input."""
+
+    def run(
+        op: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
+        inputs: tuple[torch.Tensor, ...],
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> list[torch.Tensor]:
+        """``dtype`` widens the inputs first. The outputs' gradients are random, equal for equal shapes."""
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        result = op(*leaves)
+        outputs = [result] if isinstance(result, torch.Tensor) else list(result)
+        generator = torch.Generator().manual_seed(7)
+        upstream = [torch.randn(x.shape, generator=generator).bfloat16().to(x) for x in outputs]
+        gradients = torch.autograd.grad(outputs, leaves, upstream)
+        return [x.detach() for x in outputs] + list(gradients)
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def assert_as_accurate() -> Callable[..., None]:
     """A check that a kernel errs at most twice as much as torch's own op does in the same precision."""
@@ -57,24 +91,27 @@ def assert_as_accurate() -> Callable[..., None]:
         exact: torch.Tensor,
         *,
         factor: float = 2.0,
+        roundings: float = 1.0,
+        floor: float = 0.0,
         what: str = "output",
     ) -> None:
         """Compare ``ours`` and torch's own result, both in low precision, with the ``exact`` float32 one.
 
         Two measures: the largest and the root mean square error. Where torch happens to be (nearly) exact,
         one rounding of the output's type at the tensor's own size is granted, because no kernel can do
-        better.
+        better; a chain of operations that rounds to that type at each step may ask for more. ``floor`` is
+        an error below which a result counts as exact: for gradients that are zero but for float32 rounding.
         """
         assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
         assert ours.dtype == torch_own.dtype, f"{what}: {ours.dtype}, not {torch_own.dtype}"
         assert torch.isfinite(ours).all(), f"{what}: not finite"
         if exact.numel() == 0:
             return
-        exact = exact.double()
-        rounding = torch.finfo(ours.dtype).eps / 2
+        rounding = roundings * torch.finfo(ours.dtype).eps / 2
+        ours, torch_own, exact = (x.detach().double() for x in (ours, torch_own, exact))
         for name, size in (("largest", _largest), ("root mean square", _root_mean_square)):
-            error, allowed = size(ours.double() - exact), factor * size(torch_own.double() - exact)
-            allowed = max(allowed, rounding * size(exact))
+            error, allowed = size(ours - exact), factor * size(torch_own - exact)
+            allowed = max(allowed, floor, rounding * size(exact))
             assert error <= allowed, f"{what}: {name} error {error:.3e} exceeds {allowed:.3e}"
 
     return check
