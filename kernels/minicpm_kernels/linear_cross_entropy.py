@@ -10,6 +10,7 @@ Legend: N tokens, C tokens of a chunk, R rows of a block, D model, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -175,27 +176,28 @@ def linear_cross_entropy_op(
 
     A gradient not asked for is an empty tensor.
     """
-    use_triton = choose_backend(hidden_ND, "linear_cross_entropy").name == "triton"
+    task = _Task(
+        logit_scale=logit_scale,
+        z_loss=z_loss,
+        ignore_index=ignore_index,
+        hidden_needs_grad=hidden_needs_grad,
+        weight_needs_grad=weight_needs_grad,
+        use_triton=choose_backend(hidden_ND, "linear_cross_entropy").name == "triton",
+    )
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        if (
-            use_triton
-        ):  # the kernel passes over ignored rows itself, without telling the host how many there are
-            return _by_chunks(
-                hidden_ND.to(dtype), weight_VD.to(dtype), targets_N, logit_scale, z_loss, ignore_index,
-                hidden_needs_grad, weight_needs_grad, use_triton,
-            )  # fmt: skip
+        weight_VD = weight_VD.to(dtype)
+        if task.use_triton:  # the kernel passes over ignored rows; picking them out would make the host wait
+            return _by_chunks(hidden_ND.to(dtype), weight_VD, targets_N.contiguous(), task)
         kept_N = (targets_N != ignore_index).nonzero().squeeze(1)
-        all_kept = kept_N.numel() == targets_N.numel()
+        if kept_N.numel() == targets_N.numel():
+            return _by_chunks(hidden_ND.to(dtype), weight_VD, targets_N, task)
         sums, d_kept_ND, d_weight_VD = _by_chunks(
-            (hidden_ND if all_kept else hidden_ND[kept_N]).to(dtype),
-            weight_VD.to(dtype),
-            targets_N if all_kept else targets_N[kept_N],
-            logit_scale, z_loss, ignore_index, hidden_needs_grad, weight_needs_grad, use_triton,
-        )  # fmt: skip
-        if all_kept or not hidden_needs_grad:
+            hidden_ND[kept_N].to(dtype), weight_VD, targets_N[kept_N], task
+        )
+        if not hidden_needs_grad:
             return sums, d_kept_ND, d_weight_VD
-        d_hidden_ND = torch.zeros_like(hidden_ND, dtype=dtype).index_copy_(0, kept_N, d_kept_ND)
-        return sums, d_hidden_ND, d_weight_VD
+        d_hidden_ND = hidden_ND.new_zeros(hidden_ND.shape, dtype=dtype)
+        return sums, d_hidden_ND.index_copy_(0, kept_N, d_kept_ND), d_weight_VD
 
 
 @linear_cross_entropy_op.register_fake
@@ -215,40 +217,51 @@ def _(
     return hidden_ND.new_empty(2, dtype=torch.float32), d_hidden_ND, d_weight_VD
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Task:
+    logit_scale: float
+    z_loss: float
+    ignore_index: int
+    hidden_needs_grad: bool
+    weight_needs_grad: bool
+    use_triton: bool
+
+
 def _by_chunks(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    targets_N: Tensor,
-    logit_scale: float,
-    z_loss: float,
-    ignore_index: int,
-    hidden_needs_grad: bool,
-    weight_needs_grad: bool,
-    use_triton: bool,
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, task: _Task
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if use_triton:
+    """The op itself, on inputs of one dtype."""
+    if task.use_triton:
         from minicpm_kernels.linear_cross_entropy_triton import gradient_in_place
     num_tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
-    needs_grad = hidden_needs_grad or weight_needs_grad
+    needs_grad = task.hidden_needs_grad or task.weight_needs_grad
     chunk = min(_CHUNK_TOKENS.get(hidden_ND.device.type, _CHUNK_TOKENS_DEFAULT), max(num_tokens, 1))
-    row_stride = -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if use_triton else vocabulary
+    row_stride = (
+        -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if task.use_triton else vocabulary
+    )
     buffer_CV = hidden_ND.new_empty(chunk, row_stride)[:, :vocabulary]
     sums = hidden_ND.new_zeros(2, dtype=torch.float32)
-    d_hidden_ND = torch.empty_like(hidden_ND) if hidden_needs_grad else hidden_ND.new_empty(0)
-    d_weight_VD = weight_VD.new_zeros(weight_VD.shape if weight_needs_grad else (0,), dtype=torch.float32)
+    d_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if task.hidden_needs_grad else (0,))
+    d_weight_VD = weight_VD.new_empty(
+        weight_VD.shape if task.weight_needs_grad else (0,), dtype=torch.float32
+    )
+    if not num_tokens:
+        d_weight_VD.zero_()
     for start in range(0, num_tokens, chunk):
         hidden_CD = hidden_ND[start : start + chunk]
         targets_C = targets_N[start : start + chunk]
         logits_CV = buffer_CV[: hidden_CD.shape[0]]
         torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
-        if use_triton:
-            sums += gradient_in_place(logits_CV, targets_C, logit_scale, z_loss, ignore_index, needs_grad)
+        if task.use_triton:
+            sums += gradient_in_place(
+                logits_CV, targets_C, task.logit_scale, task.z_loss, task.ignore_index, needs_grad
+            )
         else:
-            sums += _gradient_in_place_torch(logits_CV, targets_C, logit_scale, z_loss, needs_grad)
-        if hidden_needs_grad:
+            sums += _gradient_in_place_torch(logits_CV, targets_C, task.logit_scale, task.z_loss, needs_grad)
+        if task.hidden_needs_grad:
             torch.mm(logits_CV, weight_VD, out=d_hidden_ND[start : start + chunk])
-        if weight_needs_grad:
-            _add_product(d_weight_VD, logits_CV.t(), hidden_CD)
+        if task.weight_needs_grad:
+            _add_product(d_weight_VD, logits_CV.t(), hidden_CD, first=start == 0)
     return sums, d_hidden_ND, d_weight_VD
 
 
@@ -283,11 +296,14 @@ def _gradient_in_place_torch(
     return torch.stack([torch.stack(losses).sum(), z_loss * torch.stack(z_losses).sum()])
 
 
-def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor) -> None:
-    """sum += left · right, with `sum` in float32 whatever the factors are."""
+def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
+    """sum += left · right (the first time: =), with `sum` in float32 whatever the factors are."""
     if left_VC.dtype == torch.float32:
-        sum_VD.addmm_(left_VC, right_CD)
+        sum_VD.addmm_(left_VC, right_CD, beta=0.0 if first else 1.0)
     elif sum_VD.is_cuda:
-        torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, out=sum_VD)
+        beta = 0.0 if first else 1.0
+        torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, beta=beta, out=sum_VD)
+    elif first:
+        sum_VD.copy_(left_VC @ right_CD)
     else:
-        sum_VD += left_VC @ right_CD
+        sum_VD.add_(left_VC @ right_CD)

@@ -67,11 +67,13 @@ class _RmsNorm(torch.autograd.Function):
         if choose_backend(x_ND, "rms_norm").name == "triton":
             from minicpm_kernels.rms_norm_triton import rms_norm_fwd
 
+            normalised_ND: Tensor
             normalised_ND, rstd_N1 = rms_norm_fwd(x_ND, weight_D, eps)
         else:
             normalised_ND, rstd_N1 = _normalise(x_ND, weight_D, eps)
         ctx.save_for_backward(x_ND, weight_D, rstd_N1)
-        return normalised_ND.to(x_ND.dtype)
+        normalised_ND = normalised_ND.to(x_ND.dtype)
+        return normalised_ND
 
     @staticmethod
     def backward(ctx: Any, d_normalised_ND: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -123,8 +125,7 @@ class _RmsNormResidual(torch.autograd.Function):
 def _normalise(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normalised, 1 / root mean square (N, 1)), both float32."""
     x_ND = x_ND.float()
-    norm_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-    rstd_N1 = norm_N1.square().div(x_ND.shape[-1]).add(eps).rsqrt()
+    rstd_N1 = x_ND.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
     return (x_ND * rstd_N1).mul_(weight_D), rstd_N1
 
 

@@ -74,7 +74,8 @@ def _turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, *, backward: bool) ->
     if choose_backend(x_NHC, "rope").name == "triton":
         from minicpm_kernels.rope_triton import rope_turn
 
-        return rope_turn(x_NHC, cos_NC2, sin_NC2, backward)
+        turned_NHC: Tensor = rope_turn(x_NHC, cos_NC2, sin_NC2, backward)
+        return turned_NHC
     sign = -1.0 if backward else 1.0
     # Three passes over memory; a cosine row as long as the head turns both halves in one.
     cos_N1C = torch.cat([cos_NC2, cos_NC2], -1)[:, None].to(x_NHC.dtype)

@@ -42,7 +42,8 @@ class _Swiglu(torch.autograd.Function):
         if choose_backend(gate_up_N2F, "swiglu").name == "triton":
             from minicpm_kernels.swiglu_triton import swiglu_fwd
 
-            return swiglu_fwd(gate_up_N2F)
+            out_NF: Tensor = swiglu_fwd(gate_up_N2F)
+            return out_NF
         gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
         return F.silu(gate_NF).mul_(up_NF)
 
@@ -52,7 +53,8 @@ class _Swiglu(torch.autograd.Function):
         if choose_backend(gate_up_N2F, "swiglu").name == "triton":
             from minicpm_kernels.swiglu_triton import swiglu_bwd
 
-            return swiglu_bwd(gate_up_N2F, d_out_NF)
+            d_gate_up_N2F: Tensor = swiglu_bwd(gate_up_N2F, d_out_NF)
+            return d_gate_up_N2F
         gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
         d_gate_NF = torch.ops.aten.silu_backward(d_out_NF * up_NF, gate_NF)
         d_up_NF = F.silu(gate_NF).mul_(d_out_NF)

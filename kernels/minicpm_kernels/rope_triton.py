@@ -1,0 +1,103 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: ANN001, ANN201
+"""Triton kernel of the rotary embedding: one program turns 32 heads of one token.
+
+The token's cosines and sines are loaded once for the program's heads, so memory traffic is x in and x out.
+
+Legend: N tokens, H heads, C head dim, C2 half of it.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minicpm_kernels._compile import Sm90Case
+
+_HEADS_OF_PROGRAM = 32
+_NUM_WARPS = 4
+
+
+@triton.jit
+def rope_kernel(
+    p_x,
+    p_cos,
+    p_sin,
+    p_out,
+    num_heads,
+    token_stride,
+    head_stride,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    HEADS: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    columns = tl.arange(0, BLOCK_HALF)
+    mask = (heads < num_heads)[:, None] & (columns < HALF)[None, :]
+    b_cos = tl.load(p_cos + token * HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    b_sin = tl.load(p_sin + token * HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
+    if BACKWARD:
+        b_sin = -b_sin
+    p_first = p_x + token * token_stride + heads[:, None] * head_stride + columns[None, :]
+    b_first = tl.load(p_first, mask=mask, other=0.0).to(tl.float32)
+    b_second = tl.load(p_first + HALF, mask=mask, other=0.0).to(tl.float32)
+    p_turned = p_out + (token * num_heads + heads[:, None]) * (2 * HALF) + columns[None, :]
+    tl.store(p_turned, (b_first * b_cos - b_second * b_sin).to(p_out.dtype.element_ty), mask=mask)
+    tl.store(p_turned + HALF, (b_second * b_cos + b_first * b_sin).to(p_out.dtype.element_ty), mask=mask)
+
+
+@torch.library.custom_op("minicpm_kernels::rope_turn", mutates_args=())
+def rope_turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -> Tensor:
+    """Turn by the angle, or `backward` by its opposite; (N, H, C) → contiguous (N, H, C)."""
+    num_tokens, num_heads, head_dim = x_NHC.shape
+    if x_NHC.stride(-1) != 1:
+        x_NHC = x_NHC.contiguous()
+    out_NHC = torch.empty_like(x_NHC, memory_format=torch.contiguous_format)
+    if out_NHC.numel():
+        rope_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_OF_PROGRAM))](
+            x_NHC,
+            cos_NC2.contiguous(),
+            sin_NC2.contiguous(),
+            out_NHC,
+            num_heads,
+            x_NHC.stride(0),
+            x_NHC.stride(1),
+            HALF=head_dim // 2,
+            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+            HEADS=_HEADS_OF_PROGRAM,
+            BACKWARD=backward,
+            num_warps=_NUM_WARPS,
+        )
+    return out_NHC
+
+
+@rope_turn.register_fake
+def _(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -> Tensor:
+    return torch.empty_like(x_NHC, memory_format=torch.contiguous_format)
+
+
+def sm90_cases() -> list[Sm90Case]:
+    """Every configuration that training launches."""
+    pointers = {"p_x": "*bf16", "p_cos": "*fp32", "p_sin": "*fp32", "p_out": "*bf16"}
+    integers = {"num_heads": "i32", "token_stride": "i32", "head_stride": "i32"}
+    return [
+        Sm90Case(
+            name=f"rope hd{head_dim} {'bwd' if backward else 'fwd'} bf16",
+            kernel=rope_kernel,
+            types=pointers | integers,
+            constants={
+                "HALF": head_dim // 2,
+                "BLOCK_HALF": head_dim // 2,
+                "HEADS": _HEADS_OF_PROGRAM,
+                "BACKWARD": backward,
+            },
+            divisible_by_16=("token_stride", "head_stride"),
+            options={"num_warps": _NUM_WARPS},
+        )
+        for head_dim in (64, 128)
+        for backward in (False, True)
+    ]
