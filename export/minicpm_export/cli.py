@@ -63,7 +63,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="held-out text for the certificate (default: the run's validation set, or a text in the package)",
+        help="held-out text for the certificate, plain or .jsonl (default: the run's validation set, or our own)",
     )
     parser.add_argument("--force", action="store_true", help="replace what is not an export of this command")
     parser.add_argument("--json", action="store_true", help="print path and certificate as JSON")

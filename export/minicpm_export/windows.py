@@ -7,8 +7,9 @@ training corpus contains it).
 
 from __future__ import annotations
 
+import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -71,8 +72,20 @@ def _read(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read as held-out text ({error.strerror})") from None
     if b"\0" in data:
-        raise UserError(f"{path}: not a text file; --text takes plain UTF-8 text")
-    return data.decode("utf-8", "replace")
+        raise UserError(f"{path}: not a text file; --text takes UTF-8 text or .jsonl")
+    text = data.decode("utf-8", "replace")
+    return "\n\n".join(_texts(text)) if path.suffix == ".jsonl" else text
+
+
+def _texts(lines: str) -> Iterator[str]:
+    """The ``text`` of each JSON line; other lines (the last one may be cut off) are passed over."""
+    for line in lines.split("\n"):
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+            yield entry["text"]
 
 
 def _encode(tokenizer: Tokenizer, text: str, path: Path) -> list[int]:

@@ -199,6 +199,12 @@ def test_own_text_and_its_faults(make_model, tmp_path):
     request = Request(folder=make_model(), name="m", text=text)
     made = export_gguf(request, tmp_path / "m.gguf", "F32")
     assert made.held_out == str(text)
+    lines = tmp_path / "text.jsonl"
+    lines.write_text(
+        f'{json.dumps({"text": text.read_text(encoding="utf-8")})}\n[1]\n{{"text": "cut o', "utf-8"
+    )
+    again = export_gguf(dataclasses.replace(request, text=lines), tmp_path / "m.gguf", "F32")
+    assert again.checks[0].measures == made.checks[0].measures
     for content, message in ((b"short", "only .* tokens"), (b"\0\1" * 500, "not a text file")):
         text.write_bytes(content)
         with pytest.raises(UserError, match=message):
