@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from minicpm_kernels.backend import choose_backend, interpreter_enabled
+
 
 def attention_decode(
     q_BHD: Tensor,
@@ -27,6 +29,8 @@ def attention_decode(
 
     For inference: there is no gradient. Raises ``ValueError`` on shapes or types that do not fit.
     """
+    if q_BHD.dim() != 3:
+        raise ValueError(f"attention_decode: q has {q_BHD.dim()} dimensions; give (B, H, D)")
     batch, heads, head_dim = q_BHD.shape
     if k_BTKD.shape != v_BTKD.shape or k_BTKD.dim() != 4 or k_BTKD.shape[0] != batch:
         raise ValueError(
@@ -50,13 +54,44 @@ def attention_decode(
         scale = head_dim**-0.5
     if window is not None and window < 1:
         raise ValueError(f"attention_decode: window={window} must be at least 1, or None")
-    return decode_reference(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=float(scale), window=window)
+    out_BHD: Tensor = _attention_decode_op(q_BHD, k_BTKD, v_BTKD, lengths_B, float(scale), window)
+    return out_BHD
 
 
-def decode_reference(
+@torch.library.custom_op("minicpm_kernels::attention_decode", mutates_args=())
+def _attention_decode_op(
+    q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, scale: float, window: int | None
+) -> Tensor:
+    if _kernel_serves(q_BHD):
+        from minicpm_kernels.attention_triton_decode import attention_triton_decode
+
+        # A copy of one token costs nothing; of a cache it would cost what the kernel saves.
+        for name, x_BTKD in (("k", k_BTKD), ("v", v_BTKD)):
+            if x_BTKD.stride(-1) != 1:
+                raise ValueError(f"attention_decode: {name} must be contiguous in its last dimension")
+        q_BHD = q_BHD.contiguous()
+        return attention_triton_decode(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=scale, window=window)
+    return attention_decode_reference(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=scale, window=window)
+
+
+@_attention_decode_op.register_fake
+def _(
+    q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, scale: float, window: int | None
+) -> Tensor:
+    return q_BHD.new_empty(q_BHD.shape)
+
+
+def _kernel_serves(q_BHD: Tensor) -> bool:
+    """Whether Triton runs and has a kernel for these: products need the widths and types of tensor cores."""
+    if choose_backend(q_BHD, "attention_decode").name != "triton" or q_BHD.shape[2] not in (16, 32, 64, 128):
+        return False
+    return q_BHD.dtype in (torch.bfloat16, torch.float16) or interpreter_enabled()
+
+
+def attention_decode_reference(
     q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
-    """The same in plain torch; reads the whole capacity of the cache, so slice it where that is much
+    """The same in plain torch; it reads the whole capacity of the cache, so slice it where that is much
     longer."""
     positions_T = torch.arange(k_BTKD.shape[1], device=q_BHD.device)
     visible_BT = positions_T < lengths_B[:, None]
@@ -74,4 +109,4 @@ def decode_reference(
         enable_gqa=True,
     )
     # A softmax over nothing is NaN; an empty cache gives zero, as the kernel does.
-    return out_BH1D[:, :, 0].masked_fill((lengths_B == 0)[:, None, None], 0)
+    return out_BH1D[:, :, 0].masked_fill((lengths_B == 0)[:, None, None], 0).contiguous()

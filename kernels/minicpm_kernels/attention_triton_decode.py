@@ -1,0 +1,200 @@
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
+# ruff: noqa: ANN001, ANN201
+"""Decode attention in Triton: one query per sequence, the cache split among programs, their parts then
+combined.
+
+Reading the cache is all the work there is, so all multiprocessors must read: where sequences times key
+heads are too few programs, each cache is cut into equal pieces of what it really holds (lengths are read on
+the device). The query heads of a group read their keys once, together, as the rows of one matrix product.
+
+Legend: B sequences, T capacity, H query heads, K key heads, D head dim, S splits, G heads of a group
+(padded to the 16 rows of a tensor core); b_x tiles, p_x pointers.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minicpm_kernels._compile import Sm90Case
+
+LOG2_E = 1.4426950408889634
+
+# A program should read this many keys at least, or combining costs more than splitting gains. Not tuned on
+# a card.
+_MIN_KEYS_PER_SPLIT = 256
+
+_OPTIONS = {"num_warps": 4, "num_stages": 3}
+
+
+@triton.jit
+def attention_decode_kernel(
+    p_q, p_k, p_v, p_lengths, p_part, p_lse_log2,
+    num_kv_heads, num_splits, window, scale_log2,
+    q_stride_b, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Attend one group of heads of one sequence to one piece of its cache."""
+    batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+    kv_head = tl.program_id(0) % num_kv_heads
+    split = tl.program_id(1)
+    length = tl.load(p_lengths + batch)
+    first = tl.maximum(length - window, 0)
+    piece = tl.cdiv(tl.cdiv(length - first, num_splits), BLOCK_T) * BLOCK_T
+    start = first + split * piece
+    stop = tl.minimum(start + piece, length)
+
+    b_dim = tl.arange(0, HEAD_DIM)
+    b_in_group = tl.arange(0, BLOCK_G)
+    b_head = kv_head * GROUP + b_in_group
+    b_is_head = b_in_group < GROUP
+    b_q = tl.load(
+        p_q + batch * q_stride_b + b_head[:, None] * q_stride_h + b_dim[None, :],
+        mask=b_is_head[:, None],
+        other=0.0,
+    )
+    p_k += batch * k_stride_b + kv_head * k_stride_h
+    p_v += batch * v_stride_b + kv_head * v_stride_h
+    b_maximum = tl.full((BLOCK_G,), -float("inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_G,), tl.float32)
+    b_out = tl.zeros((BLOCK_G, HEAD_DIM), tl.float32)
+    for key in tl.range(start, stop, BLOCK_T):
+        b_key = key + tl.arange(0, BLOCK_T)
+        # Beyond the length the cache may hold anything: loaded as zero, because 0 * NaN would spoil the
+        # product.
+        b_held = b_key < stop
+        b_key_row = b_key.to(tl.int64)[:, None]
+        b_k = tl.load(p_k + b_key_row * k_stride_t + b_dim[None, :], mask=b_held[:, None], other=0.0)
+        b_score = tl.where(b_held[None, :], tl.dot(b_q, b_k.T) * scale_log2, -float("inf"))
+        b_new_maximum = tl.maximum(b_maximum, tl.max(b_score, 1))
+        b_weight = tl.exp2(b_score - b_new_maximum[:, None])
+        b_rescale = tl.exp2(b_maximum - b_new_maximum)
+        b_v = tl.load(p_v + b_key_row * v_stride_t + b_dim[None, :], mask=b_held[:, None], other=0.0)
+        b_sum = b_sum * b_rescale + tl.sum(b_weight, 1)
+        b_out = tl.dot(b_weight.to(b_v.dtype), b_v, b_out * b_rescale[:, None])
+        b_maximum = b_new_maximum
+
+    # A piece without keys has the sum zero: its output must be zero, and its weight too.
+    b_out = b_out / tl.where(b_sum == 0, 1.0, b_sum)[:, None]
+    b_slot = (batch * num_kv_heads * GROUP + b_head) * num_splits + split
+    tl.store(
+        p_part + b_slot[:, None] * HEAD_DIM + b_dim[None, :],
+        b_out.to(p_part.dtype.element_ty),
+        mask=b_is_head[:, None],
+    )
+    tl.store(p_lse_log2 + b_slot, b_maximum + tl.log2(b_sum), mask=b_is_head)
+
+
+@triton.jit
+def attention_decode_combine_kernel(
+    p_part, p_lse_log2, p_out, num_splits, BLOCK_S: tl.constexpr, HEAD_DIM: tl.constexpr
+):
+    """Weigh the pieces of one head of one sequence by their shares of the softmax's denominator."""
+    head = tl.program_id(0).to(tl.int64)
+    b_split = tl.arange(0, BLOCK_S)
+    b_dim = tl.arange(0, HEAD_DIM)
+    b_is_split = b_split < num_splits
+    b_lse = tl.load(p_lse_log2 + head * num_splits + b_split, mask=b_is_split, other=-float("inf"))
+    maximum = tl.max(b_lse, 0)
+    # An empty cache: every share is exp2(-inf - 0), zero.
+    b_share = tl.exp2(b_lse - tl.where(maximum == -float("inf"), 0.0, maximum))
+    total = tl.sum(b_share, 0)
+    b_part = tl.load(
+        p_part + (head * num_splits + b_split[:, None]) * HEAD_DIM + b_dim[None, :],
+        mask=b_is_split[:, None],
+        other=0.0,
+    )
+    b_out = tl.sum(b_part * b_share[:, None], 0) / tl.where(total == 0, 1.0, total)
+    tl.store(p_out + head * HEAD_DIM + b_dim, b_out.to(p_out.dtype.element_ty))
+
+
+def attention_triton_decode(
+    q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, *, scale: float, window: int | None
+) -> Tensor:
+    """Returns (B, H, D). The last dimension of each tensor must have stride 1. Nothing waits for the
+    device."""
+    batch, num_heads, head_dim = q_BHD.shape
+    capacity, num_kv_heads = k_BTKD.shape[1], k_BTKD.shape[2]
+    group = num_heads // num_kv_heads
+    num_splits = _num_splits(batch * num_kv_heads, capacity, q_BHD.device)
+    out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
+    lse_BHS = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q_BHD.device)
+    # A single piece is the whole: it goes straight to the output.
+    part_BHSD = (
+        out_BHD
+        if num_splits == 1
+        else torch.empty((*lse_BHS.shape, head_dim), dtype=torch.float32, device=q_BHD.device)
+    )
+    if out_BHD.numel() == 0:
+        return out_BHD
+    attention_decode_kernel[(batch * num_kv_heads, num_splits)](
+        q_BHD,
+        k_BTKD,
+        v_BTKD,
+        lengths_B,
+        part_BHSD,
+        lse_BHS,
+        num_kv_heads,
+        num_splits,
+        capacity if window is None else min(window, capacity),
+        scale * LOG2_E,
+        *q_BHD.stride()[:2],
+        *k_BTKD.stride()[:3],
+        *v_BTKD.stride()[:3],
+        GROUP=group,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        HEAD_DIM=head_dim,
+        BLOCK_T=_block_t(head_dim),
+        **_OPTIONS,
+    )
+    if num_splits > 1:
+        attention_decode_combine_kernel[(batch * num_heads,)](
+            part_BHSD,
+            lse_BHS,
+            out_BHD,
+            num_splits,
+            BLOCK_S=triton.next_power_of_2(num_splits),
+            HEAD_DIM=head_dim,
+        )
+    return out_BHD
+
+
+def _block_t(head_dim: int) -> int:
+    """Keys and values of a block are 16 KiB each, so that three stages leave room for two programs."""
+    return 128 if head_dim <= 64 else 64
+
+
+def _num_splits(num_programs: int, capacity: int, device: torch.device) -> int:
+    """Enough programs for two on each multiprocessor, unless the pieces would become too small."""
+    multiprocessors = 132
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = -(-2 * multiprocessors // max(num_programs, 1))
+    return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT))
+
+
+def sm90_cases() -> list[Sm90Case]:
+    """Every configuration that is launched on a card."""
+    strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bh"), ("k", "bth"), ("v", "bth")) for axis in axes]
+    combine = Sm90Case(
+        name="attention_decode_combine",
+        kernel=attention_decode_combine_kernel,
+        types={"p_part": "*fp32", "p_lse_log2": "*fp32", "p_out": "*bf16", "num_splits": "i32"},
+        constants={"BLOCK_S": 16, "HEAD_DIM": 128},
+    )
+    attend = [
+        Sm90Case(
+            name=f"attention_decode_hd{head_dim}_group{group}",
+            kernel=attention_decode_kernel,
+            types=dict.fromkeys(("p_q", "p_k", "p_v"), "*bf16")
+            | {"p_lengths": "*i32", "p_part": "*fp32", "p_lse_log2": "*fp32", "scale_log2": "fp32"}
+            | dict.fromkeys(("num_kv_heads", "num_splits", "window", *strides), "i32"),
+            constants={"GROUP": group, "BLOCK_G": max(16, triton.next_power_of_2(group))}
+            | {"HEAD_DIM": head_dim, "BLOCK_T": _block_t(head_dim)},
+            divisible_by_16=tuple(strides),
+            options=_OPTIONS,
+        )
+        for head_dim in (64, 128)
+        for group in (1, 36)
+    ]
+    return [combine, *attend]
