@@ -6,11 +6,16 @@ import argparse
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from minicpm_edge.cli import Command
 from minicpm_edge.errors import UserError
 from minicpm_edge.locate import Located, locate
 from minicpm_edge.progress import Progress
+
+if TYPE_CHECKING:
+    from minicpm_export.certificate import Certificate
+    from minicpm_export.request import Request
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 ONNX_TYPES = ("F32", "INT8")
@@ -97,8 +102,7 @@ def _quant(form: str, asked: str | None) -> str:
 
 
 def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
-    from minicpm_export.certificate import Certificate, table
-    from minicpm_export.destination import check_file, check_folder, folder_path, gguf_path
+    from minicpm_export.certificate import table
     from minicpm_export.request import Request
 
     with Progress() as progress:
@@ -116,29 +120,32 @@ def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
             report=progress.update,
             show=show,
         )
-        if arguments.form == "gguf":
-            from minicpm_export.gguf_job import export_gguf
-
-            out = gguf_path(arguments.out, name=found.name, quant=quant, run=found.run)
-            check_file(out, force=arguments.force)
-            certificates = [export_gguf(request, out, quant)]
-        else:
-            out = folder_path(arguments.out, name=found.name, kind=arguments.form, run=found.run)
-            check_folder(out, force=arguments.force)
-            if arguments.form == "hf":
-                from minicpm_export.huggingface import export_huggingface
-
-                certificates = [export_huggingface(request, out, architecture=arguments.architecture)]
-            else:
-                from minicpm_export.onnx_job import export_onnx
-
-                certificates = export_onnx(request, out, (quant,) if quant else ONNX_TYPES)
-        progress.finish()
+        out, certificates = _write(request, arguments, quant)
     if arguments.json:
         print(json.dumps({"path": str(out), "certificates": [made.to_dict() for made in certificates]}))
     else:
         print(f"wrote {out}")
     return 0
+
+
+def _write(request: Request, arguments: argparse.Namespace, quant: str) -> tuple[Path, list[Certificate]]:
+    from minicpm_export.destination import check_file, check_folder, folder_path, gguf_path
+
+    if arguments.form == "gguf":
+        from minicpm_export.gguf_job import export_gguf
+
+        out = gguf_path(arguments.out, name=request.name, quant=quant, run=request.run)
+        check_file(out, force=arguments.force)
+        return out, [export_gguf(request, out, quant)]
+    out = folder_path(arguments.out, name=request.name, kind=arguments.form, run=request.run)
+    check_folder(out, force=arguments.force)
+    if arguments.form == "hf":
+        from minicpm_export.huggingface import export_huggingface
+
+        return out, [export_huggingface(request, out, architecture=arguments.architecture)]
+    from minicpm_export.onnx_job import export_onnx
+
+    return out, export_onnx(request, out, (quant,) if quant else ONNX_TYPES)
 
 
 EXPORT = Command(
