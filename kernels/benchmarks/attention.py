@@ -1,0 +1,305 @@
+"""Attention forward and backward beside its peers, at MiniCPM's shapes; `--tune` times other tiles of our
+kernels.
+
+Every shape holds 16,384 tokens. Rates count the products of visible scores only: 4·D operations a score and
+head forward, 2.5 times that backward, for every peer alike. Before anything is timed, outputs and gradients
+at each shape must be as exact as torch's own, and deterministic gradients bit-equal; otherwise nothing is
+reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from common import GateError, Row, gate, report, require_cuda, time_ms
+from minicpm_kernels import attention
+from minicpm_kernels.attention_reference import attention_reference
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
+
+NUM_TOKENS = 16_384
+ROW = 4_096
+
+# Lengths in tokens (bytes / 4) of 30,221 technical documents of the Debian archive: their quantiles 0.025,
+# 0.075, ... 0.975. Any such set has this shape, most documents short and most tokens in long ones.
+DOCUMENT_QUANTILES = (
+    119, 155, 196, 240, 286, 338, 402, 473, 553, 636, 729, 826, 945, 1095, 1315, 1628, 2113, 3020, 5209, 12081,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A batch of documents for one model."""
+
+    name: str
+    lengths: tuple[int, ...]
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def is_equal(self) -> bool:
+        """Whether all documents have one length, so that peers without packing can take part."""
+        return len(set(self.lengths)) == 1
+
+    @property
+    def forward_flop(self) -> float:
+        scores = sum(length * (length + 1) / 2 for length in self.lengths)
+        return 4 * self.head_dim * self.heads * scores
+
+
+def equal(length: int) -> tuple[int, ...]:
+    return (length,) * (NUM_TOKENS // length)
+
+
+def packed() -> tuple[int, ...]:
+    """Documents of that distribution, packed one after another and cut where a row of a training batch
+    ends."""
+    choose = random.Random(0)
+    lengths: list[int] = []
+    room = ROW
+    while sum(lengths) < NUM_TOKENS:
+        document = choose.choice(DOCUMENT_QUANTILES)
+        while document and sum(lengths) < NUM_TOKENS:
+            part = min(document, room)
+            lengths.append(part)
+            document -= part
+            room = room - part or ROW
+    return tuple(lengths)
+
+
+SHAPES = (
+    Shape(name="hd64 causal 4k", lengths=equal(4096), heads=36, kv_heads=36, head_dim=64),
+    Shape(name="hd64 causal 8k", lengths=equal(8192), heads=36, kv_heads=36, head_dim=64),
+    Shape(name="hd64 causal 4k, group 3", lengths=equal(4096), heads=24, kv_heads=8, head_dim=64),
+    Shape(name="hd64 packed 16k", lengths=packed(), heads=36, kv_heads=36, head_dim=64),
+    Shape(name="hd128 causal 8k", lengths=equal(8192), heads=16, kv_heads=16, head_dim=128),
+)
+
+Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def cu_seqlens_of(shape: Shape) -> Tensor:
+    return torch.tensor([0, *itertools.accumulate(shape.lengths)], dtype=torch.int32, device="cuda")
+
+
+def ours(shape: Shape, *, deterministic: bool) -> Peer:
+    cu_seqlens, longest = cu_seqlens_of(shape), max(shape.lengths)
+    return lambda q, k, v: attention(q, k, v, cu_seqlens, max_seqlen=longest, deterministic=deterministic)
+
+
+def torch_sdpa(shape: Shape, backend: SDPBackend) -> Peer:
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = (x.unflatten(0, (len(shape.lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(
+                *batch, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
+            )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    return run
+
+
+@cache
+def compiled_flex() -> Any:
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def flex(shape: Shape) -> Peer:
+    """With the mask of the documents; making that mask is not timed."""
+    cu_seqlens = cu_seqlens_of(shape)
+    document = torch.repeat_interleave(torch.arange(len(shape.lengths), device="cuda"), cu_seqlens.diff())
+
+    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (query >= key) & (document[query] == document[key])
+
+    mask = create_block_mask(visible, None, None, NUM_TOKENS, NUM_TOKENS, device="cuda")
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = compiled_flex()(*batch, block_mask=mask, enable_gqa=shape.heads != shape.kv_heads)
+        return out[0].transpose(0, 1)
+
+    return run
+
+
+def varlen(shape: Shape) -> Peer:
+    cu_seqlens, longest = cu_seqlens_of(shape), max(shape.lengths)
+    return lambda q, k, v: varlen_attn(
+        q, k, v, cu_seqlens, cu_seqlens, longest, longest,
+        window_size=(-1, 0), enable_gqa=shape.heads != shape.kv_heads,
+    )  # fmt: skip
+
+
+def peers(shape: Shape) -> dict[str, Peer]:
+    """Who is timed at a shape, ours first."""
+    chosen = {
+        "ours": ours(shape, deterministic=False),
+        "ours, deterministic": ours(shape, deterministic=True),
+    }
+    if shape.is_equal:
+        chosen["torch cuDNN SDPA"] = torch_sdpa(shape, SDPBackend.CUDNN_ATTENTION)
+        chosen["torch flash SDPA"] = torch_sdpa(shape, SDPBackend.FLASH_ATTENTION)
+    return chosen | {"torch varlen_attn": varlen(shape), "torch flex_attention": flex(shape)}
+
+
+def inputs(shape: Shape, *, group_limit: int | None = None) -> list[Tensor]:
+    """Queries, keys, values as slices of one projection, as the model has them, and an output gradient."""
+    torch.manual_seed(0)
+    kv_heads = shape.kv_heads if group_limit is None else min(group_limit, shape.kv_heads)
+    heads = kv_heads * (shape.heads // shape.kv_heads)
+    merged = torch.randn(
+        NUM_TOKENS, heads + 2 * kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
+    )
+    q, k, v = (x.detach().requires_grad_() for x in merged.split((heads, kv_heads, kv_heads), 1))
+    return [q, k, v, torch.randn(NUM_TOKENS, heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)]
+
+
+def results(peer: Peer, tensors: list[Tensor]) -> list[Tensor]:
+    """The output and the three gradients."""
+    q, k, v, d_out = tensors
+    out = peer(q, k, v)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), d_out.to(out.dtype))]
+
+
+def check(shape: Shape) -> None:
+    """The gate, on two groups of heads: the float32 reference holds all scores of a document."""
+    tensors = inputs(shape, group_limit=2)
+    cu_seqlens = cu_seqlens_of(shape)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention_reference(q, k, v, cu_seqlens, scale=shape.head_dim**-0.5, window=None)[0]
+
+    exact = results(reference, [x.detach().float().requires_grad_() for x in tensors])
+    own = results(varlen(shape), tensors)
+    for deterministic in (False, True):
+        gate(
+            f"attention {shape.name}", results(ours(shape, deterministic=deterministic), tensors), exact, own
+        )
+    twice = [results(ours(shape, deterministic=True), tensors) for _ in range(2)]
+    if not all(torch.equal(first, second) for first, second in zip(*twice, strict=True)):
+        raise GateError(f"attention {shape.name}: deterministic gradients differ between two calls")
+
+
+def time_peer(shape: Shape, name: str, peer: Peer) -> list[Row]:
+    """Forward and backward; a peer that refuses the shape or is not built in gets a line that says so."""
+    q, k, v, d_out = inputs(shape)
+    rows = []
+    try:
+        out = peer(q, k, v)
+        forward_ms = time_ms(lambda: peer(q.detach(), k.detach(), v.detach()))
+        backward_ms = time_ms(lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True))
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0][:80]
+        return [
+            Row(
+                op=f"attention {direction}",
+                shape=shape.name,
+                peer=name,
+                milliseconds=None,
+                rate=None,
+                rate_unit="TFLOP/s",
+                note=reason,
+            )
+            for direction in ("forward", "backward")
+        ]
+    for direction, ms, flop in (
+        ("forward", forward_ms, shape.forward_flop),
+        ("backward", backward_ms, 2.5 * shape.forward_flop),
+    ):
+        rows.append(
+            Row(
+                op=f"attention {direction}",
+                shape=shape.name,
+                peer=name,
+                milliseconds=ms,
+                rate=flop / ms / 1e9,
+                rate_unit="TFLOP/s",
+            )
+        )
+    return rows
+
+
+@contextmanager
+def replaced(module: Any, name: str, tiles: Any) -> Iterator[None]:
+    """Let a kernel's choice of tiles answer ``tiles`` for a while."""
+    before = getattr(module, name)
+    setattr(module, name, lambda *_: tiles)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def tune() -> list[Row]:
+    """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
+    from minicpm_kernels import attention_triton_bwd, attention_triton_fwd
+    from minicpm_kernels.attention_schedule import Tiles
+
+    def tiles(q: int, k: int, warps: int, stages: int, registers: int | None = None) -> Tiles:
+        return Tiles(block_q=q, block_k=k, num_warps=warps, num_stages=stages, max_registers=registers)
+
+    forward, backward = attention_triton_fwd, attention_triton_bwd
+    candidates = {
+        64: [
+            (forward, "forward_tiles", [tiles(128, 64, 4, s) for s in (2, 3, 4)]),
+            (forward, "forward_tiles", [tiles(128, 64, 8, s) for s in (2, 3, 4)]),
+            (forward, "forward_tiles", [tiles(128, 128, 8, s) for s in (2, 3)] + [tiles(64, 64, 4, 3)]),
+            (backward, "dkdv_tiles", [tiles(64, 128, 8, s) for s in (1, 2, 3)] + [tiles(64, 64, 4, 2)]),
+            (backward, "dq_tiles", [tiles(128, 64, 8, s, 128) for s in (2, 3)] + [tiles(128, 64, 8, 2)]),
+        ],
+        128: [
+            (forward, "forward_tiles", [tiles(128, 128, 8, s) for s in (2, 3)]),
+            (forward, "forward_tiles", [tiles(128, 64, 8, s) for s in (2, 3)] + [tiles(64, 64, 4, 3)]),
+            (backward, "dkdv_tiles", [tiles(64, 128, 8, s) for s in (1, 2, 3)] + [tiles(64, 64, 4, 2)]),
+            (backward, "dq_tiles", [tiles(128, 64, 8, s) for s in (1, 2, 3)]),
+        ],
+    }
+    rows = []
+    for shape in SHAPES:
+        for module, name, choices in candidates[shape.head_dim]:
+            for choice in choices:
+                with replaced(module, name, choice):
+                    check(shape)
+                    label = (
+                        f"{name} {choice.block_q}x{choice.block_k} w{choice.num_warps} s{choice.num_stages}"
+                    )
+                    for deterministic in (False, True):
+                        peer = ours(shape, deterministic=deterministic)
+                        suffix = ", deterministic" if deterministic else ""
+                        rows += time_peer(shape, label + suffix, peer)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tune", action="store_true", help="time other tiles of our kernels instead of peers"
+    )
+    arguments = parser.parse_args()
+    require_cuda()
+    for shape in SHAPES:
+        check(shape)
+    if arguments.tune:
+        report("attention_tune", tune())
+        return
+    rows: list[Row] = []
+    for shape in SHAPES:
+        for name, peer in peers(shape).items():
+            rows += time_peer(shape, name, peer)
+    report("attention", rows, gate="passed")
+
+
+if __name__ == "__main__":
+    main()
