@@ -98,7 +98,10 @@ def _swiglu_backward(
         b_row, b_column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
         b_inside = (b_row < num_rows) & (b_column < hidden - column)
         p_here = p_weighted + b_row * hidden + b_column
-        tl.store(p_here, (b_weight[:, None] * b_activation).to(p_weighted.dtype.element_ty), mask=b_inside)
+        # The same product but for a NaN. Tied to b_grad, it stays in that one's registers; else Triton would load the
+        # piece a second time in the store's layout and do all of the above again: 38 % more instructions.
+        b_weighted = tl.where(b_grad == b_grad, b_weight[:, None] * b_activation, b_grad)
+        tl.store(p_here, b_weighted.to(p_weighted.dtype.element_ty), mask=b_inside)
         b_grad = b_weight[:, None] * b_grad
         p_here = p_dhidden + b_row * (2 * hidden) + b_column
         b_dup = b_grad * b_silu
