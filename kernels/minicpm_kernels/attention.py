@@ -23,6 +23,7 @@ from minicpm_kernels.attention_reference import (
     attention_cpu_backward,
     attention_cpu_forward,
     attention_reference,
+    attention_reference_backward,
 )
 from minicpm_kernels.backend import OVERRIDE_VARIABLE, Backend, choose_backend, interpreter_enabled
 
@@ -235,13 +236,9 @@ def _attention_backward_op(
         return attention_cpu_backward(
             d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens, scale=scale, window=window
         )
-    with torch.enable_grad():
-        q_NHD, k_NKD, v_NKD = (x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD))
-        out_NHD, _ = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
-        d_q_NHD, d_k_NKD, d_v_NKD = torch.autograd.grad(
-            out_NHD, (q_NHD, k_NKD, v_NKD), d_out_NHD.to(out_NHD.dtype)
-        )
-    return d_q_NHD, d_k_NKD, d_v_NKD
+    return attention_reference_backward(
+        d_out_NHD, q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window
+    )
 
 
 @_attention_backward_op.register_fake

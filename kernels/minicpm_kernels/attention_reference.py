@@ -33,8 +33,28 @@ def attention_reference(
         outputs.append((scores_HLL.softmax(-1) @ v_HLD).transpose(0, 1))
         lses.append(scores_HLL.logsumexp(-1))
     if not outputs:
-        return q_NHD.to(precise), q_NHD.new_empty((q_NHD.shape[1], 0), dtype=precise)
+        return q_NHD.to(precise, copy=True), q_NHD.new_empty((q_NHD.shape[1], 0), dtype=precise)
     return torch.cat(outputs), torch.cat(lses, 1)
+
+
+def attention_reference_backward(
+    d_out_NHD: Tensor,
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``attention_reference`` in the types of the inputs; repeats the forward pass."""
+    with torch.enable_grad():
+        q_NHD, k_NKD, v_NKD = (x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD))
+        out_NHD, _ = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
+        d_q_NHD, d_k_NKD, d_v_NKD = torch.autograd.grad(
+            out_NHD, (q_NHD, k_NKD, v_NKD), d_out_NHD.to(out_NHD.dtype), materialize_grads=True
+        )
+    return d_q_NHD.contiguous(), d_k_NKD.contiguous(), d_v_NKD.contiguous()
 
 
 def attention_cpu_forward(

@@ -30,7 +30,7 @@ _OPTIONS = {"num_warps": 4, "num_stages": 3}
 @triton.jit
 def attention_decode_kernel(
     p_q, p_k, p_v, p_lengths, p_part, p_lse_log2,
-    num_kv_heads, num_splits, window, scale_log2,
+    num_kv_heads, num_splits, capacity, window, scale_log2,
     q_stride_b, q_stride_h, k_stride_b, k_stride_t, k_stride_h, v_stride_b, v_stride_t, v_stride_h,
     GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_T: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
@@ -38,7 +38,7 @@ def attention_decode_kernel(
     batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
     kv_head = tl.program_id(0) % num_kv_heads
     split = tl.program_id(1)
-    length = tl.load(p_lengths + batch)
+    length = tl.minimum(tl.load(p_lengths + batch), capacity)
     first = tl.maximum(length - window, 0)
     piece = tl.cdiv(tl.cdiv(length - first, num_splits), BLOCK_T) * BLOCK_T
     start = first + split * piece
@@ -53,8 +53,8 @@ def attention_decode_kernel(
         mask=b_is_head[:, None],
         other=0.0,
     )
-    p_k += batch * k_stride_b + kv_head * k_stride_h
-    p_v += batch * v_stride_b + kv_head * v_stride_h
+    p_k += batch * k_stride_b + kv_head.to(tl.int64) * k_stride_h
+    p_v += batch * v_stride_b + kv_head.to(tl.int64) * v_stride_h
     b_maximum = tl.full((BLOCK_G,), -float("inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_G,), tl.float32)
     b_out = tl.zeros((BLOCK_G, HEAD_DIM), tl.float32)
@@ -136,6 +136,7 @@ def attention_triton_decode(
         lse_BHS,
         num_kv_heads,
         num_splits,
+        capacity,
         capacity if window is None else min(window, capacity),
         scale * LOG2_E,
         *q_BHD.stride()[:2],
@@ -188,7 +189,7 @@ def sm90_cases() -> list[Sm90Case]:
             kernel=attention_decode_kernel,
             types=dict.fromkeys(("p_q", "p_k", "p_v"), "*bf16")
             | {"p_lengths": "*i32", "p_part": "*fp32", "p_lse_log2": "*fp32", "scale_log2": "fp32"}
-            | dict.fromkeys(("num_kv_heads", "num_splits", "window", *strides), "i32"),
+            | dict.fromkeys(("num_kv_heads", "num_splits", "capacity", "window", *strides), "i32"),
             constants={"GROUP": group, "BLOCK_G": max(16, triton.next_power_of_2(group))}
             | {"HEAD_DIM": head_dim, "BLOCK_T": _block_t(head_dim)},
             divisible_by_16=tuple(strides),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from minicpm_kernels import attention, attention_with_lse
-from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.attention_reference import attention_reference, attention_reference_backward
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -69,6 +69,16 @@ def test_no_tokens(device: torch.device) -> None:
     out.sum().backward()
     assert out.shape == (0, 2, 16)
     assert q.grad is not None
+
+
+@pytest.mark.parametrize("lengths", [[5, 0, 9], [0, 0]], ids=lambda lengths: f"{lengths}")
+def test_reference_backward_is_that_of_the_default_path(lengths: list[int], device: torch.device) -> None:
+    """It serves devices that have neither kernels nor torch's CPU op."""
+    q, k, v, cu_seqlens = _inputs(lengths, 2, 1, 16, device)
+    out = attention(q, k, v, cu_seqlens, max_seqlen=9, scale=0.3, window=4)
+    d_out = torch.randn_like(out)
+    gradients = attention_reference_backward(d_out, q, k, v, cu_seqlens, scale=0.3, window=4)
+    torch.testing.assert_close(gradients, torch.autograd.grad(out, (q, k, v), d_out), rtol=1e-4, atol=1e-5)
 
 
 def test_default_scale_is_that_of_torch(device: torch.device) -> None:
