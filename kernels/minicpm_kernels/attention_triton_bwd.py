@@ -45,7 +45,11 @@ def adds_dq(head_dim: int, deterministic: bool) -> bool:
 
 
 def dkdv_tiles(head_dim: int) -> Tiles:
-    """Scores are computed transposed, keys by queries: as queries by keys, head dim 128 spills registers."""
+    """64 queries by 128 keys: larger tiles spill, and with four warps these do.
+
+    Scores are computed transposed, so that weights and score gradients lie in registers as the left operands
+    of dV and dK, and need no way through shared memory.
+    """
     return Tiles(block_q=64, block_k=128, num_warps=8, num_stages=2)
 
 
