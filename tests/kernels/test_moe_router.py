@@ -47,9 +47,9 @@ def test_outputs_and_gradient(
         with_gradients(by_torch, inputs, dtype=torch.float64),
     )
     for what, ours, own, exact in zip(("weights", "load balance", "z", "d_logits"), *results, strict=True):
-        # Twice torch's error, or two roundings where torch happens to hit the mark: all of this is float32.
+        # Twice torch's error, or four roundings where torch happens to hit the mark: all of this is float32.
         rounding = torch.finfo(torch.float32).eps * max(exact.abs().max().item(), 1e-3)
-        allowed = max(2 * (own - exact).abs().max().item(), 2 * rounding)
+        allowed = max(2 * (own - exact).abs().max().item(), 4 * rounding)
         assert (ours - exact).abs().max().item() <= allowed, what
 
 
