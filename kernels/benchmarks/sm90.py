@@ -1,0 +1,114 @@
+"""Compile every kernel in every configuration for sm_90 and judge what the compiler made; no GPU needed.
+
+`python kernels/benchmarks/sm90.py` writes `results/sm90.md`; `--check` fails where the file would differ or a limit is
+broken: stack use or spills, shared memory, registers, tensor-core instructions where a kernel needs them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import pkgutil
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+# Before Triton is imported: its interpreter, which tests switch on, cannot compile.
+os.environ.pop("TRITON_INTERPRET", None)
+
+import minicpm_kernels
+import triton
+from minicpm_kernels._compile import Resources, Sm90Case, compile_sm90, resources
+
+TRITON_VERSION = "3.6.0"  # another compiler makes another table
+TABLE = Path(__file__).parent / "results" / "sm90.md"
+
+HEAD = """\
+# What the compiler makes of every kernel on sm_90
+
+Made by `kernels/benchmarks/sm90.py` with Triton {version}, without a GPU; checked by the tests. Registers and stack
+are per thread, shared memory in bytes per block; blocks are those that fit one multiprocessor at once, and occupancy
+their share of its 64 warps. HGMMA are Hopper's tensor-core instructions, HMMA the older, slower ones; TMA is the bulk
+copy engine. Counts are of instructions in the program, not of executions.
+
+"""
+COLUMNS = (
+    "kernel",
+    "registers",
+    "stack",
+    "shared memory",
+    "threads",
+    "blocks",
+    "occupancy",
+    "HGMMA",
+    "HMMA",
+    "TMA loads",
+    "TMA stores",
+    "spills",
+)
+
+
+def cases() -> Iterator[Sm90Case]:
+    """Every case of every module of the package, modules in alphabetical order."""
+    for module in pkgutil.iter_modules(minicpm_kernels.__path__, "minicpm_kernels."):
+        if "_triton" in module.name:
+            yield from getattr(importlib.import_module(module.name), "sm90_cases", list)()
+
+
+def cells(name: str, used: Resources) -> tuple[str | int, ...]:
+    """One line of the table."""
+    return (
+        name,
+        used.registers,
+        used.stack,
+        used.shared_memory,
+        used.threads,
+        used.blocks_per_multiprocessor,
+        f"{used.occupancy:.0%}",
+        used.hgmma,
+        used.hmma,
+        used.tma_loads,
+        used.tma_stores,
+        used.spill_loads + used.spill_stores,
+    )
+
+
+def line(values: Iterable[object]) -> str:
+    """A row in Markdown."""
+    return "| " + " | ".join(str(value) for value in values) + " |\n"
+
+
+def main() -> int:
+    """Write or check the table; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="compare with the file instead of writing it")
+    arguments = parser.parse_args()
+    if triton.__version__ != TRITON_VERSION:
+        raise SystemExit(f"error: the table is of Triton {TRITON_VERSION}, this is {triton.__version__}")
+    table = HEAD.format(version=TRITON_VERSION) + line(COLUMNS) + line("---" for _ in COLUMNS)
+    problems = []
+    for case in cases():
+        used = resources(compile_sm90(case))
+        table += line(cells(case.name, used))
+        broken = used.broken_limits(needs_tensor_cores=case.needs_tensor_cores)
+        problems += [f"{case.name} {problem}" for problem in broken]
+    if arguments.check:
+        written = TABLE.read_text(encoding="utf-8") if TABLE.exists() else ""
+        difference = list(
+            difflib.unified_diff(written.splitlines(), table.splitlines(), "written", "now", lineterm="")
+        )
+        if difference:
+            problems += [f"{TABLE.name} is out of date; run {Path(__file__).name}", *difference]
+    else:
+        TABLE.parent.mkdir(exist_ok=True)
+        TABLE.write_text(table, encoding="utf-8", newline="\n")
+    print("\n".join(problems), file=sys.stderr, end="\n" if problems else "")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

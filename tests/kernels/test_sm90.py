@@ -1,0 +1,88 @@
+"""Every kernel compiled for sm_90 without a GPU: limits kept, the published table true.
+
+Compiling needs a process without the interpreter that this session runs in.
+"""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from minicpm_kernels._compile import Resources
+
+BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
+IDLE = {
+    "registers": 32,
+    "stack": 0,
+    "shared_memory": 0,
+    "threads": 128,
+    "hgmma": 4,
+    "hmma": 0,
+    "tma_loads": 0,
+    "tma_stores": 0,
+    "spill_loads": 0,
+    "spill_stores": 0,
+}
+
+
+def compiler(*arguments):
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def test_table_is_current_and_limits_hold():
+    import triton
+
+    if triton.__version__ != "3.6.0":
+        pytest.skip("the table is of Triton 3.6.0")
+    result = compiler(str(BENCHMARKS / "sm90.py"), "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_row_addresses_of_contiguous_tensors_are_64_bit():
+    """More than 2^31 elements: RMSNorm multiplies rows by the width, and must do so in int64."""
+    program = (
+        "from minicpm_kernels._compile import compile_sm90\n"
+        "from minicpm_kernels.rms_norm_triton import sm90_cases\n"
+        "for case in sm90_cases(): print(compile_sm90(case).asm['ttir'])"
+    )
+    result = compiler("-c", program)
+    assert result.returncode == 0, result.stderr
+    offsets = re.findall(r"tt\.addptr .*tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", result.stdout)
+    assert len(offsets) > 40
+    assert set(offsets) == {"i64"}
+
+
+@pytest.mark.parametrize(
+    ("used", "problem"),
+    [
+        ({"stack": 8}, "uses 8 bytes of stack"),
+        ({"spill_stores": 2}, "spills (0 local loads, 2 local stores)"),
+        ({"shared_memory": 232_449}, "uses 232449 bytes of shared memory, above 232448"),
+        ({"registers": 129, "threads": 512}, "uses 129 registers x 512 threads, above 65536"),
+        ({"hgmma": 0}, "has no HGMMA instruction"),
+    ],
+    ids=str,
+)
+def test_broken_limits_are_named(used, problem):
+    assert Resources(**IDLE | used).broken_limits(needs_tensor_cores=True) == [problem]
+    assert Resources(**IDLE).broken_limits(needs_tensor_cores=True) == []
+
+
+@pytest.mark.parametrize(
+    ("used", "blocks", "occupancy"),
+    [
+        ({}, 16, 1.0),  # threads: 2048 of a multiprocessor
+        ({"registers": 221}, 2, 0.125),  # registers: 224 x 128 after rounding up
+        ({"registers": 255, "threads": 256}, 1, 0.125),
+        ({"shared_memory": 66_560}, 3, 0.1875),
+        ({"threads": 32}, 32, 0.5),  # blocks: 32 of a multiprocessor
+    ],
+    ids=str,
+)
+def test_occupancy(used, blocks, occupancy):
+    resources = Resources(**IDLE | used)
+    assert resources.blocks_per_multiprocessor == blocks
+    assert resources.occupancy == occupancy
