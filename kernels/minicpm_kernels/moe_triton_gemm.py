@@ -150,15 +150,15 @@ def column_halves(b_tile):
 @triton.jit
 def moe_rows_kernel(
     t_row, t_weight, p_out, p_tile, p_num_tiles, sum_width, out_width,
-    TRANSPOSED: tl.constexpr, FLATTEN: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+    TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """out = rows · Wᵀ of each row's expert, W stored (out_width, sum_width); rows · W if ``TRANSPOSED``."""
     num_row_tiles = tl.load(p_num_tiles)
     num_column_tiles = tl.cdiv(out_width, COLUMNS)
     num_tiles = num_row_tiles * num_column_tiles
-    # Flattened, the loads of the next tile are under way while this one is stored.
-    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
+    # Flattened, the loads of the next tile are under way while this one is stored. Only here: with gathered rows the
+    # same makes ptxas wait for every product before it starts the next.
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = grouped_tile(tile, num_row_tiles, num_column_tiles, GROUP)
         expert = tl.load(p_tile + 3 * row_tile)
         row = tl.load(p_tile + 3 * row_tile + 1)
@@ -209,7 +209,7 @@ def multiply_rows(rows: Tensor, weight: Tensor, plan: Plan, *, transposed: bool)
         TensorDescriptor.from_tensor(rows, [tiles.rows, tiles.depth]),
         TensorDescriptor.from_tensor(weight, [1, *weight_tile]),
         out, plan.tile_T3, plan.num_tiles_1, rows.shape[1], out_width,
-        TRANSPOSED=transposed, FLATTEN=True, **tile_constants(tiles), **tiles.options,
+        TRANSPOSED=transposed, **tile_constants(tiles), **tiles.options,
     )  # fmt: skip
     return out
 
@@ -261,7 +261,7 @@ def sm90_cases() -> list[Sm90Case]:
                     }
                     | dict.fromkeys(("p_tile", "p_num_tiles"), "*i32")
                     | dict.fromkeys(("sum_width", "out_width"), "i32"),
-                    constants={"TRANSPOSED": transposed, "FLATTEN": True} | tile_constants(tiles),
+                    constants={"TRANSPOSED": transposed} | tile_constants(tiles),
                     divisible_by_16=("sum_width", "out_width"),
                     options=tiles.options,
                     needs_tensor_cores=dtype == "bf16",
