@@ -63,6 +63,23 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+@pytest.fixture
+def far_rows(device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Lay three rows out 2^30 elements apart, so that the last one's offset does not fit int32.
+
+    Only the pages of the rows themselves are ever touched, so a CPU gives little memory for it.
+    """
+
+    def spread(rows: torch.Tensor) -> torch.Tensor:
+        width = rows[0].numel()
+        memory = torch.empty(3 * 2**30, dtype=rows.dtype, device=device)
+        far = memory.as_strided((3, width), (2**30, 1))
+        far.copy_(rows.flatten(1))
+        return far.view(rows.shape) if rows.dim() > 2 else far
+
+    return spread
+
+
 @pytest.fixture(scope="session")
 def with_gradients() -> Callable[..., list[torch.Tensor]]:
     """Run an op and its backward; returns its outputs and then the gradient of every input."""

@@ -217,6 +217,16 @@ def test_kernel_reads_nothing_behind_the_vocabulary(device, triton_kernels):
     torch.testing.assert_close(buffer[:, :300], logits.softmax(-1) - F.one_hot(targets, 300))
 
 
+def test_offsets_beyond_int32(device, triton_kernels, far_rows):
+    from minicpm_kernels.linear_cross_entropy_triton import gradient_in_place
+
+    logits = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    far, targets = far_rows(logits), torch.arange(3, device=device)
+    sums = gradient_in_place(far[:, :60], targets, 1.0, 0.0, IGNORED, True)
+    torch.testing.assert_close(sums, gradient_in_place(logits[:, :60], targets, 1.0, 0.0, IGNORED, True))
+    assert torch.equal(far[:, :60], logits[:, :60])
+
+
 def test_refuses_what_does_not_fit(device):
     hidden, weight, targets = case(20, 50, 24, device, torch.float32)
     with pytest.raises(ValueError, match="cast one, or use autocast"):

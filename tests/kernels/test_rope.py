@@ -69,6 +69,11 @@ def test_slice_of_a_merged_projection(device, backend, with_gradients):
         assert result[0].is_contiguous()
 
 
+def test_offsets_beyond_int32(device, triton_kernels, far_rows):
+    x, cos, sin = case((3, 2, 16), 1.0, device, torch.bfloat16)
+    assert torch.equal(rope(far_rows(x), cos, sin), rope(x, cos, sin))
+
+
 def test_reference_is_the_definition(device):
     x, cos, sin = case((5, 3, 16), 1.0, device, torch.float32)
     torch.testing.assert_close(rope_reference(x, cos, sin), rope_torch(x, cos, sin))

@@ -43,6 +43,11 @@ def test_strided_input(device, backend, with_gradients):
         torch.testing.assert_close(with_gradients(swiglu, (strided,)), expected)
 
 
+def test_offsets_beyond_int32(device, triton_kernels, far_rows):
+    gate_up = gate_up_of((3, 64), 1.0, device, torch.bfloat16)
+    assert torch.equal(swiglu(far_rows(gate_up)), swiglu(gate_up))
+
+
 def test_no_rows(device, backend, with_gradients):
     output, d_gate_up = with_gradients(swiglu, (torch.empty(0, 16, device=device),))
     assert output.shape == (0, 8)
