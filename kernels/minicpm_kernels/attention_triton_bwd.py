@@ -45,7 +45,7 @@ def adds_dq(head_dim: int, deterministic: bool) -> bool:
 
 
 def dkdv_tiles(head_dim: int) -> Tiles:
-    """64 queries by 128 keys: larger tiles spill, and with four warps these do.
+    """64 queries by 128 keys: 128 by 128 takes all registers or spills, and with four warps these spill.
 
     Scores are computed transposed, so that weights and score gradients lie in registers as the left operands
     of dV and dK, and need no way through shared memory.
