@@ -68,6 +68,6 @@ def fallbacks(types: Mapping[str, tuple[str, int]], quant: str) -> list[str]:
         if kind != "F32" and kind not in MIXED_TYPES[quant] and row % SUPER_BLOCK
     )
     return [
-        f"{count} of {len(types)} tensors are {kind}: their rows of {row} weights do not divide into {quant}'s blocks"
+        f"{kind} instead for {count} of {len(types)} tensors: rows of {row} do not divide into {quant}'s blocks"
         for (kind, row), count in groups.items()
     ]
