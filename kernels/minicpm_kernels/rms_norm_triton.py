@@ -265,30 +265,33 @@ def _num_multiprocessors(device: torch.device) -> int:
 
 
 def sm90_cases() -> list[Sm90Case]:
-    """The widths of the 1.2B and the 2.4B model, alone and with a residual in bf16 or float32."""
+    """The widths of the 1.2B and the 2.4B model: all in bf16, or float32 weights and residual beside bf16 blocks."""
+    scalars = {"num_rows": "i32", "width": "i32", "eps": "fp32", "branch_scale": "fp32"}
     cases = []
     for width in (1536, 2304):
         rows, block = _tile(width)
-        for label, residual in (("plain bf16", None), ("residual bf16", "*bf16"), ("residual fp32", "*fp32")):
-            stream = residual or "*bf16"
-            constants = {"ROWS": rows, "BLOCK": block, "RESIDUAL": residual is not None}
-            scalars = {"num_rows": "i32", "width": "i32", "eps": "fp32", "branch_scale": "fp32"}
-            forward = {"p_x": stream, "p_weight": "*bf16", "p_normalised": "*bf16", "p_rstd": "*fp32"}
-            backward = {"p_x": stream, "p_weight": "*bf16", "p_rstd": "*fp32", "p_d_normalised": "*bf16"}
-            backward |= {"p_d_x": stream, "p_d_weight": "*fp32"}
-            optional = {"p_branch": "*bf16", "p_new_residual": stream}
-            d_optional = {"p_d_new_residual": stream, "p_d_branch": "*bf16"}
-            for name, kernel, types, maybe, num_warps in (
-                ("rms_norm_fwd", rms_norm_fwd_kernel, forward, optional, _NUM_WARPS_FWD),
-                ("rms_norm_bwd", rms_norm_bwd_kernel, backward, d_optional, _NUM_WARPS_BWD),
+        for label, stream, branch, has_residual in (
+            ("bf16", "*bf16", "*bf16", False),
+            ("fp32", "*fp32", "*fp32", False),
+            ("residual bf16", "*bf16", "*bf16", True),
+            ("residual fp32", "*fp32", "*bf16", True),
+        ):
+            types = scalars | dict.fromkeys(
+                ("p_x", "p_new_residual", "p_d_new_residual", "p_d_x", "p_weight"), stream
+            )
+            types |= dict.fromkeys(("p_branch", "p_normalised", "p_d_normalised", "p_d_branch"), branch)
+            types |= dict.fromkeys(("p_rstd", "p_d_weight"), "*fp32")
+            constants: dict[str, object] = {"ROWS": rows, "BLOCK": block, "RESIDUAL": has_residual}
+            for name, kernel, only_residual, num_warps in (
+                ("rms_norm_fwd", rms_norm_fwd_kernel, ("p_branch", "p_new_residual"), _NUM_WARPS_FWD),
+                ("rms_norm_bwd", rms_norm_bwd_kernel, ("p_d_new_residual", "p_d_branch"), _NUM_WARPS_BWD),
             ):
-                absent = dict.fromkeys(maybe) if residual is None else {}
                 cases.append(
                     Sm90Case(
                         name=f"{name} D{width} {label}",
                         kernel=kernel,
-                        types=types | maybe | scalars,
-                        constants=constants | absent,
+                        types=types,
+                        constants=constants if has_residual else constants | dict.fromkeys(only_residual),
                         divisible_by_16=("num_rows", "width"),
                         options={"num_warps": num_warps},
                     )
