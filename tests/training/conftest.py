@@ -18,7 +18,8 @@ from minicpm_training.session import Watcher, train_run
 from minicpm_edge.progress import Progress
 from minicpm_edge.tokenizer import Tokenizer
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "two", "birds", "sing", "in", "trees", "by", "the", "old", "house", "near", "a", "river"]
+TEXT = "the cat sat on a mat and saw two birds sing in trees by the old house near a river"
+WORDS = TEXT.split()
 
 
 def write_set(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:

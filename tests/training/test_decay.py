@@ -15,7 +15,7 @@ def branch_off(tmp_path):
     def branch_off(run, at, tokens, *settings):
         recipe = decay_recipe(load_recipe(str(run.trunk.recipe_path)), at, tokens, None, settings)
         start = run.trunk.checkpoint(at)
-        with open(tmp_path / "log", "w") as stream:
+        with (tmp_path / "log").open("w") as stream:
             watcher = Watcher(progress=Progress(stream))
             assert train_branch(recipe, run, run.decay(start.name), start, watcher)
         return run.decay(start.name)

@@ -58,7 +58,7 @@ def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(make_recipe, tmp_pat
     recipe = make_recipe("schedule.peak_lr=1e19", "schedule.warmup_tokens=0", "checkpoint.every=1")
     run = Run(folder=tmp_path / "run")
     with (
-        open(tmp_path / "log", "w") as stream,
+        (tmp_path / "log").open("w") as stream,
         pytest.raises(NonFiniteLossError, match="The last checkpoint"),
     ):
         train_run(recipe, run, Watcher(progress=Progress(stream)))

@@ -2,6 +2,8 @@
 
 Both train on the same batches, from the same weights, with fused AdamW and gradient clipping, in the same precision,
 one step of each in turn. Nothing is reported unless both give the same loss and gradient norm on the first step.
+``whole`` rows are one document each, so that both attend to the same; ``packed`` rows hold several, as prepared text
+does: our step attends within documents, the plain loop over the row.
 
     python training/benchmarks/step.py [--models tiny ...] [--precisions bf16 fp32] [--steps N] [--threads N]
 """
@@ -10,16 +12,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import statistics
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
-from minicpm_edge.checkpoint import published_state
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import MiniCPM, count_parameters
 from minicpm_training.data.batches import Batch
 from minicpm_training.hardware import dtype_of, environment, flops_per_token, peak_flops
 from minicpm_training.objectives import pretraining
@@ -27,6 +26,10 @@ from minicpm_training.optimizer import build_optimizer
 from minicpm_training.recipe import OptimizerSection
 from minicpm_training.schedule import WarmupStableDecay
 from minicpm_training.trainer import Trainer
+
+from minicpm_edge.checkpoint import published_state
+from minicpm_edge.config import ModelConfig
+from minicpm_edge.model import MiniCPM, count_parameters
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 LR, CLIP = 1e-4, 1.0
@@ -58,15 +61,20 @@ def llama_config(name: str) -> ModelConfig:
     )
 
 
-def make_batch(name: str, seed: int) -> Batch:
-    """Rows of random tokens, every row one document, so that both sides attend to the same."""
+def make_batch(name: str, seed: int, *, packed: bool) -> Batch:
+    """Rows of random tokens: one document each, or ``packed`` with documents of a quarter of the row on average."""
     *_, vocabulary, rows, length = MODELS[name]
-    ids = torch.randint(0, vocabulary, (rows, length + 1), generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, vocabulary, (rows, length + 1), generator=generator)
+    bounds = set(range(0, rows * length + 1, length))
+    if packed:
+        bounds |= set(torch.randint(1, rows * length, (3 * rows,), generator=generator).tolist())
+    cu_seqlens = torch.tensor(sorted(bounds), dtype=torch.int32)
     return Batch(
         input_ids_BT=ids[:, :-1].contiguous(),
         targets_BT=ids[:, 1:].contiguous(),
-        cu_seqlens=torch.arange(0, rows * length + 1, length, dtype=torch.int32),
-        max_seqlen=length,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
         num_targets=rows * length,
         origins=tuple(f"random:{row}" for row in range(rows)),
     )
@@ -128,7 +136,10 @@ class Theirs:
         with torch.autocast("cpu", dtype=dtype_of("bf16"), enabled=self.precision == "bf16"):
             # `shift_labels` are the targets as they are; `labels` would be shifted by one again.
             output = self.forward(
-                input_ids=batch.input_ids_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT, use_cache=False
+                input_ids=batch.input_ids_BT,
+                labels=batch.targets_BT,
+                shift_labels=batch.targets_BT,
+                use_cache=False,
             )
         output.loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), CLIP)
@@ -136,17 +147,21 @@ class Theirs:
         return output.loss.item(), norm.item()
 
 
-def compare(name: str, precision: str, num_steps: int, compiled: bool) -> dict[str, object]:
+def compare(name: str, precision: str, rows_are: str, num_steps: int, compiled: bool) -> dict[str, object]:
     """Check that both compute the same, then time them in turn."""
     config = llama_config(name)
     model = MiniCPM(config)
     model.init_weights(seed=0)
-    batches = [make_batch(name, seed) for seed in range(4)]
+    batches = [make_batch(name, seed, packed=False) for seed in range(4)]
     theirs, ours = (side(model, batches, precision, compiled) for side in (Theirs, Ours))
     first = {"ours": ours.step(), "transformers": theirs.step()}
     for mine, other in zip(*first.values(), strict=True):
         if abs(mine - other) > TOLERANCE[precision] * abs(other):
-            raise SystemExit(f"{name} {precision}: the two do not compute the same: {first}; nothing is reported")
+            raise SystemExit(
+                f"{name} {precision}: the two do not compute the same: {first}; nothing is reported"
+            )
+    if rows_are == "packed":  # the plain loop then attends over whole rows, as it must
+        batches[:] = [make_batch(name, seed, packed=True) for seed in range(4)]
     seconds: dict[str, list[float]] = {"ours": [], "transformers": []}
     for index in range(num_steps + 2):
         for label, side in (("ours", ours), ("transformers", theirs)):
@@ -169,6 +184,7 @@ def compare(name: str, precision: str, num_steps: int, compiled: bool) -> dict[s
         "model": name,
         "parameters": count_parameters(config, embeddings=True),
         "batch": f"{rows} x {length}",
+        "rows": rows_are,
         "precision": precision,
         "compiled": compiled,
         "steps": num_steps,
@@ -180,9 +196,12 @@ def compare(name: str, precision: str, num_steps: int, compiled: bool) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["tiny", "10m"])
     parser.add_argument("--precisions", nargs="+", choices=TOLERANCE, default=["bf16", "fp32"])
+    parser.add_argument("--rows", nargs="+", choices=("whole", "packed"), default=["whole", "packed"])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--compile", action="store_true", help="both sides under torch.compile")
@@ -190,10 +209,9 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = []
-    for name in arguments.models:
-        for precision in arguments.precisions:
-            results.append(compare(name, precision, arguments.steps, arguments.compile))
-            print(json.dumps(results[-1]), flush=True)
+    for name, precision, rows in itertools.product(arguments.models, arguments.precisions, arguments.rows):
+        results.append(compare(name, precision, rows, arguments.steps, arguments.compile))
+        print(json.dumps(results[-1]), flush=True)
     from importlib.metadata import version
 
     record = {
