@@ -64,7 +64,7 @@ def test_killed_ten_times_is_the_run_never_killed(make_recipe, train, same_check
         "schedule.stable_tokens=5120",
         "schedule.decay_tokens=1280",
         "checkpoint.every=3",
-        "evaluation.every=10",
+        "evaluation.every=20",
         "evaluation.tokens=256",
         f"data.valid={json.dumps([str(workspace / 'valid')]).replace('[', '[{path=').replace(']', '}]')}",
     )

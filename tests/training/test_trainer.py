@@ -1,5 +1,6 @@
 """The loop: it learns, accumulates exactly, repeats to the bit, and its loss is the golden one."""
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -10,6 +11,7 @@ from minicpm_training.run import Run
 from minicpm_training.state import read_state
 
 from minicpm_edge.checkpoint import load_checkpoint
+from minicpm_edge.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pretrain.json"
 # Rounding differs between processors; after 20 updates it has grown to about 1e-4 of the loss.
@@ -108,6 +110,23 @@ def test_cosine_lives_in_the_trunk(make_recipe, train, tmp_path):
     lines = run.trunk.metrics()
     assert lines[-1]["lr"] == pytest.approx(0.01 * (0.1 + 0.45 * (1 + math.cos(math.pi * 16 / 17))))
     assert not run.decays() and run.trunk.steps()[-1] == 20
+
+
+def test_z_loss_trains_but_is_not_in_the_reported_loss(make_recipe, train, tmp_path):
+    short = "schedule.stable_tokens=384"
+    plain = losses(train(make_recipe(short), tmp_path / "plain"))
+    with_z = losses(train(make_recipe(short, "optimizer.z_loss=0.1"), tmp_path / "z"))
+    assert with_z[0] == plain[0] and with_z[2] != plain[2]
+
+
+def test_tensorboard_is_optional(make_recipe, train, tmp_path):
+    recipe = make_recipe("log.tensorboard=true", "schedule.stable_tokens=384")
+    if importlib.util.find_spec("tensorboard") is None:
+        with pytest.raises(UserError, match="needs the package 'tensorboard'"):
+            train(recipe, tmp_path / "run")
+    else:
+        train(recipe, tmp_path / "run")
+        assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
 @pytest.mark.slow

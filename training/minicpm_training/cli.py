@@ -89,6 +89,12 @@ def _add_eval(parser: argparse.ArgumentParser) -> None:
         "--data", nargs="+", required=True, type=Path, metavar="SET", help="sets that `data prepare` made"
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="at most this many tokens of each set")
+    parser.add_argument(
+        "--length",
+        type=int,
+        metavar="N",
+        help="row length (default: that of the run's recipe, or the context)",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (%(default)s)")
     _add_json(parser, "the results")
 

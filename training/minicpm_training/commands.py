@@ -6,6 +6,7 @@ import argparse
 import json
 import tomllib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from minicpm_edge.cli import EXIT_INTERRUPTED
@@ -122,16 +123,23 @@ def evaluate(arguments: argparse.Namespace) -> int:
     located = locate(arguments.model)
     if located.kind != "hf":
         raise UserError(f"{located.path} is an export; `eval` measures a run or a Hugging Face folder")
-    if arguments.tokens is not None and arguments.tokens < 1:
-        raise UserError(f"--tokens {arguments.tokens}: give at least 1")
+    for option, value in (("--tokens", arguments.tokens), ("--length", arguments.length)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: give at least 1")
     model = load_checkpoint(located.path, device=choose_device(arguments.device))
     tokenizer = Tokenizer.load(located.path)
+    length = arguments.length
+    if length is None:  # a run may have been trained on shorter rows than its model has positions
+        run = Run(folder=located.run) if located.run else None
+        length = (
+            _saved_recipe(run.trunk).data.sequence_length if run else model.config.max_position_embeddings
+        )
     results = {}
     for folder in arguments.data:
         validation = Validation.open(
             folder,
             tokenizer,
-            sequence_length=model.config.max_position_embeddings,
+            sequence_length=length,
             max_tokens=arguments.tokens,
         )
         results[str(folder)] = validation.measure(model).to_dict()
@@ -196,11 +204,10 @@ def _refuse_changes(saved: Recipe, asked: Recipe, what: str) -> None:
 def _flatten(recipe: Recipe) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in recipe.model_dump().items():
-        flat |= (
-            {f"{key}.{inner}": item for inner, item in value.items()}
-            if isinstance(value, dict)
-            else {key: value}
-        )
+        nested = isinstance(value, dict)
+        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if nested else {key: value}
+    # Sets are known by their folders' names, which seed the order of their rows: a folder may move.
+    flat["data.stable"] = [(Path(source.path).name, source.weight) for source in recipe.data.stable]
     return flat
 
 
