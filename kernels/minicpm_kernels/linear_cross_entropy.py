@@ -19,12 +19,15 @@ from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
 
-# Few large chunks keep the matrix products efficient. On a GPU 4096 tokens fill the card; on a CPU more than 1024 won
-# nothing (V 4096 and 8192, D 256, two cores).
-_CHUNK_TOKENS = {"cuda": 4096}
-_CHUNK_TOKENS_DEFAULT = 1024
-# Logits are worked on in blocks of about this many elements, so that the five passes over a block stay in cache.
-_BLOCK_ELEMENTS = 2**19
+# Few large chunks keep the matrix products efficient: on a GPU 4096 tokens fill the card.
+_CHUNK_TOKENS_GPU = 4096
+# On a CPU 1024 tokens do, and twice as many where the vocabulary is small: every chunk, and every block below, costs
+# meetings of all threads, which are slow where other programs want the cores too.
+_CHUNK_TOKENS_CPU = 1024
+_CHUNK_ELEMENTS_CPU = 2**23
+# Plain torch works on blocks of about this many logits, so that its passes over a block find it in cache. Measured at V
+# 4096 and 8192, D 256: 2^19 to 2^21 are alike on one free core, the largest wins on two busy ones.
+_BLOCK_ELEMENTS = 2**21
 # Rows of the logits start at multiples of 256 bytes: tensor cores are several times slower on an odd row length.
 _VOCABULARY_MULTIPLE = 128
 
@@ -235,7 +238,10 @@ def _by_chunks(
         from minicpm_kernels.linear_cross_entropy_triton import gradient_in_place
     num_tokens, vocabulary = hidden_ND.shape[0], weight_VD.shape[0]
     needs_grad = task.hidden_needs_grad or task.weight_needs_grad
-    chunk = min(_CHUNK_TOKENS.get(hidden_ND.device.type, _CHUNK_TOKENS_DEFAULT), max(num_tokens, 1))
+    chunk = (
+        _CHUNK_TOKENS_GPU if hidden_ND.is_cuda else max(_CHUNK_TOKENS_CPU, _CHUNK_ELEMENTS_CPU // vocabulary)
+    )
+    chunk = min(chunk, max(num_tokens, 1))
     row_stride = (
         -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if task.use_triton else vocabulary
     )

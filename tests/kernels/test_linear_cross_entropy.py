@@ -19,8 +19,9 @@ SETTINGS = {"logit_scale": 0.5, "z_loss": 1e-2}
 def small_chunks(monkeypatch):
     """Chunks of 16 tokens, blocks of 8 rows or 256 columns: a few tokens then make several of each."""
     module = sys.modules["minicpm_kernels.linear_cross_entropy"]  # the package gives its name to the function
-    monkeypatch.setattr(module, "_CHUNK_TOKENS", {})
-    monkeypatch.setattr(module, "_CHUNK_TOKENS_DEFAULT", 16)
+    monkeypatch.setattr(module, "_CHUNK_TOKENS_GPU", 16)
+    monkeypatch.setattr(module, "_CHUNK_TOKENS_CPU", 16)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", 0)
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1)
     kernel = pytest.importorskip("minicpm_kernels.linear_cross_entropy_triton")
     monkeypatch.setattr(kernel, "_MAX_BLOCK", 256)
