@@ -1,6 +1,6 @@
 """SwiGLU on the merged output of the gate and up projections, forward and backward in one pass each.
 
-Legend: N tokens, R rows of a block, F feed-forward width. Any number of leading dimensions may stand for N.
+Legend: N tokens, F feed-forward width. Any number of leading dimensions may stand for N.
 """
 
 from __future__ import annotations
@@ -12,10 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
-
-# Plain torch passes over memory two times forward and four backward; blocks of about this many elements stay in cache
-# between the passes (a fifth to a third faster than whole tensors, 4096 x 768 on one core).
-_BLOCK_ELEMENTS = 2**19
 
 
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
@@ -38,64 +34,38 @@ def swiglu_reference(gate_up_N2F: Tensor) -> Tensor:
 
 
 class _Swiglu(torch.autograd.Function):
-    """Saves only its input; the backward writes the merged gradient."""
+    """The backward writes both halves of the merged gradient where they belong, where autograd would glue them."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_N2F: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_N2F)
         if choose_backend(gate_up_N2F, "swiglu").name == "triton":
             from minicpm_kernels.swiglu_triton import swiglu_fwd
 
+            ctx.save_for_backward(gate_up_N2F)
             out_NF: Tensor = swiglu_fwd(gate_up_N2F)
             return out_NF
-        if torch.compiler.is_compiling():  # which fuses the passes itself
-            gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
-            return F.silu(gate_NF) * up_NF
-        return _forward_by_blocks(gate_up_N2F)
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        silu_NF = F.silu(gate_NF)
+        ctx.save_for_backward(gate_up_N2F, silu_NF)
+        return silu_NF * up_NF
 
     @staticmethod
     def backward(ctx: Any, d_out_NF: Tensor) -> Tensor:
-        (gate_up_N2F,) = ctx.saved_tensors
+        gate_up_N2F, *rest = ctx.saved_tensors
         if choose_backend(gate_up_N2F, "swiglu").name == "triton":
             from minicpm_kernels.swiglu_triton import swiglu_bwd
 
             d_gate_up_N2F: Tensor = swiglu_bwd(gate_up_N2F, d_out_NF)
             return d_gate_up_N2F
-        if torch.compiler.is_compiling():
-            gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
-            d_gate_NF = torch.ops.aten.silu_backward(d_out_NF * up_NF, gate_NF)
-            return torch.cat([d_gate_NF, d_out_NF * F.silu(gate_NF)], -1)
-        return _backward_by_blocks(gate_up_N2F, d_out_NF)
-
-
-def _forward_by_blocks(gate_up: Tensor) -> Tensor:
-    width = gate_up.shape[-1] // 2
-    out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    rows_of_block = max(1, _BLOCK_ELEMENTS // max(width, 1))
-    for gate_up_R2F, out_RF in zip(
-        gate_up.reshape(-1, 2 * width).split(rows_of_block),
-        out.view(-1, width).split(rows_of_block),
-        strict=True,
-    ):
-        gate_RF, up_RF = gate_up_R2F.chunk(2, -1)
-        torch.ops.aten.silu.out(gate_RF, out=out_RF)
-        out_RF.mul_(up_RF)
-    return out
-
-
-def _backward_by_blocks(gate_up: Tensor, d_out: Tensor) -> Tensor:
-    width = d_out.shape[-1]
-    d_gate_up = gate_up.new_empty(gate_up.shape)
-    rows_of_block = max(1, _BLOCK_ELEMENTS // max(width, 1))
-    for gate_up_R2F, d_out_RF, d_gate_up_R2F in zip(
-        gate_up.reshape(-1, 2 * width).split(rows_of_block),
-        d_out.reshape(-1, width).split(rows_of_block),
-        d_gate_up.view(-1, 2 * width).split(rows_of_block),
-        strict=True,
-    ):
-        (gate_RF, up_RF), (d_gate_RF, d_up_RF) = gate_up_R2F.chunk(2, -1), d_gate_up_R2F.chunk(2, -1)
-        torch.ops.aten.silu.out(gate_RF, out=d_up_RF)
-        d_up_RF.mul_(d_out_RF)
-        torch.mul(d_out_RF, up_RF, out=d_gate_RF)
-        torch.ops.aten.silu_backward.grad_input(d_gate_RF, gate_RF, grad_input=d_gate_RF)
-    return d_gate_up
+        (silu_NF,) = rest
+        gate_NF, up_NF = gate_up_N2F.chunk(2, -1)
+        d_silu_NF = d_out_NF * up_NF
+        if (
+            torch.compiler.is_compiling()
+        ):  # which refuses results written into slices, and fuses the passes itself
+            return torch.cat([torch.ops.aten.silu_backward(d_silu_NF, gate_NF), d_out_NF * silu_NF], -1)
+        d_gate_up_N2F = torch.empty_like(gate_up_N2F)
+        d_gate_NF, d_up_NF = d_gate_up_N2F.chunk(2, -1)
+        torch.ops.aten.silu_backward.grad_input(d_silu_NF, gate_NF, grad_input=d_gate_NF)
+        torch.mul(d_out_NF, silu_NF, out=d_up_NF)
+        return d_gate_up_N2F
