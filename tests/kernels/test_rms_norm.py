@@ -5,6 +5,7 @@ import torch
 from minicpm_kernels import rms_norm, rms_norm_residual
 from minicpm_kernels.rms_norm import rms_norm_reference, rms_norm_residual_reference
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 EPS, BRANCH_SCALE = 1e-5, 0.221
 SHAPES = [(1, 8), (63, 100), (3, 2304), (2, 5, 64)]
@@ -113,6 +114,12 @@ def test_whole_graph_compiles(device, backend, with_gradients):
     inputs = tensors((6, 32), 1.0, device, torch.float32, 2)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(with_gradients(compiled, inputs), with_gradients(fused, inputs))
+
+
+def test_activation_checkpointing(device, backend, with_gradients):
+    inputs = tensors((6, 32), 1.0, device, torch.float32, 2)
+    recomputed = with_gradients(lambda *x: checkpoint(fused, *x, use_reentrant=False), inputs)
+    torch.testing.assert_close(recomputed, with_gradients(fused, inputs))
 
 
 def test_opcheck(device, triton_kernels):
