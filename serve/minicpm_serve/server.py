@@ -1,0 +1,78 @@
+"""Listening and shutting down: a socket checked before the model loads, and uvicorn that lets go at once on Ctrl-C."""
+
+from __future__ import annotations
+
+import errno
+import socket
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from minicpm_edge.errors import UserError
+from minicpm_serve.settings import ServerSettings
+
+SECONDS_TO_FINISH = 2
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """The listening socket. Opened before the model, so that a port in use is told at once and not after loading.
+
+    Raises:
+        UserError: when the port is taken, needs rights, or the host is not an address of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        return socket.create_server(address[:2], family=family)
+    except socket.gaierror:
+        raise UserError(f"--host {settings.host!r} is not a host name or address") from None
+    except OSError as error:
+        raise UserError(_why_not(error, settings)) from None
+
+
+def _why_not(error: OSError, settings: ServerSettings) -> str:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return f"port {settings.port} is in use; stop what uses it, or give another: --port {settings.port + 1}"
+        case errno.EACCES | errno.EPERM:
+            return f"port {settings.port} needs administrator rights; give one above 1023: --port 8080"
+        case errno.EADDRNOTAVAIL:
+            return f"--host {settings.host} is not an address of this machine; --host 127.0.0.1 always is"
+        case _:
+            return f"cannot listen on {settings.host} port {settings.port}: {error.strerror or error}"
+
+
+def url(settings: ServerSettings, listener: socket.socket) -> str:
+    """Where the page is, with the real port where any free one was asked for."""
+    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{listener.getsockname()[1]}"
+
+
+def run(app: FastAPI, listener: socket.socket, *, announce: str) -> None:
+    """Serve until SIGINT or SIGTERM; prints ``announce`` once requests are answered.
+
+    Raises:
+        KeyboardInterrupt: after the orderly end that Ctrl-C asks for.
+    """
+    config = uvicorn.Config(
+        app, log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_FINISH, ws="none"
+    )
+    _Server(config, app, announce).run(sockets=[listener])
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, app: FastAPI, announce: str) -> None:
+        super().__init__(config)
+        self._app, self._announce = app, announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(self._announce, flush=True)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        # uvicorn waits for answers to end; a long one would keep Ctrl-C waiting, so they are ended too.
+        self._app.state.generations.stop()
+        super().handle_exit(sig, frame)

@@ -1,0 +1,209 @@
+"""A stand-in for a loaded model: deterministic, slow on demand, and it counts what the server makes it do."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import httpx
+import pytest
+import uvicorn
+from minicpm_serve.app import create_app
+from minicpm_serve.settings import ServerSettings
+
+from minicpm_edge.engine import Chunk, SamplingParams, never_cancelled
+from minicpm_edge.errors import UserError
+from minicpm_edge.text_stream import TextStream
+
+MARKDOWN = """Here is **bold**, *italic* and `code`:
+
+```python
+def greet(name):
+    return f"<b>Hello</b>, {name}!"
+```
+
+1. one
+2. two
+
+- <img src=x onerror="alert(1)">
+- [a link](https://example.com) and [a trap](javascript:alert(1))
+"""
+
+
+@dataclass
+class FakeModel:
+    """A :class:`LanguageModel` whose tokens are bytes. It repeats what it is told, or what a script says."""
+
+    name: str = "fake-1"
+    kind: str = "fake"
+    context_length: int = 2048
+    seconds_a_token: float = 0.0
+    seconds_to_read: float = 0.0
+    num_tokens: int = 0
+    """Tokens written, over all generations."""
+    num_cancelled: int = 0
+    num_running: int = 0
+    most_running: int = 0
+    prompts: list[str] = field(default_factory=list)
+    params: list[SamplingParams] = field(default_factory=list)
+    closed: bool = False
+
+    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def detokenize(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
+
+    def text_prompt(self, text: str) -> list[int]:
+        return self.tokenize(text)
+
+    def chat_prompt(self, messages) -> list[int]:
+        if any(message["content"] == "break the template" for message in messages):
+            raise UserError("the chat template of fake-1 cannot take this conversation")
+        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
+        return self.tokenize("".join(lines) + "assistant: ")
+
+    def stream(self, prompt, params: SamplingParams, *, cancelled=never_cancelled) -> Iterator[Chunk]:
+        text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
+        self.prompts.append(text)
+        self.params.append(params)
+        self.num_running += 1
+        self.most_running = max(self.most_running, self.num_running)
+        try:
+            yield from self._stream(text, params, cancelled)
+        finally:
+            self.num_running -= 1
+
+    def embed(self, text: str) -> list[float]:
+        return [float(len(text)), 0.5, -1.0]
+
+    def close(self) -> None:
+        self.closed = True
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _stream(self, text: str, params: SamplingParams, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
+        num_prompt = len(text.encode())
+        if self._cancelled_within(self.seconds_to_read, cancelled):
+            return
+        room = self.context_length - num_prompt
+        decoder, budget = TextStream(params.stop), min(params.max_tokens or room, room)
+        answer = reply_to(text).encode()
+        finish, count = "stop", 0
+        for count, byte in enumerate(answer, start=1):
+            if self._cancelled_within(self.seconds_a_token, cancelled):
+                return
+            self.num_tokens += 1
+            piece = decoder.push(bytes([byte]))
+            if piece:
+                yield Chunk(
+                    text=piece, finish_reason=None, num_prompt_tokens=num_prompt, num_completion_tokens=count
+                )
+            if decoder.stopped:
+                break
+            if count == budget:
+                finish = "length" if count < len(answer) else "stop"
+                break
+        tail = decoder.finish(cut=finish == "length")
+        yield Chunk(
+            text=tail, finish_reason=finish, num_prompt_tokens=num_prompt, num_completion_tokens=count
+        )
+
+    def _cancelled_within(self, seconds: float, cancelled: Callable[[], bool]) -> bool:
+        end = time.monotonic() + seconds
+        while not cancelled():
+            if time.monotonic() >= end:
+                return False
+            time.sleep(min(0.005, seconds))
+        self.num_cancelled += 1
+        return True
+
+
+def reply_to(prompt: str) -> str:
+    """What the fake answers to a rendered conversation or a plain prompt."""
+    last = prompt.rpartition("user: ")[2].removesuffix("\nassistant: ")
+    if last.startswith("count to "):
+        return " ".join(str(number) for number in range(1, int(last.split()[2]) + 1))
+    if last == "crash":
+        raise ZeroDivisionError("a bug in the engine")
+    scripts = {
+        "markdown": MARKDOWN,
+        "line ends": "a\u2028b\u2029c\x85d\ne\r\nf",
+        "unicode": "naïve 漢字 👩‍👩‍👧 العربية",
+    }
+    return scripts.get(last, f"You said: {last}")
+
+
+@dataclass(frozen=True)
+class Running:
+    """A server under test."""
+
+    url: str
+    model: FakeModel
+    server: uvicorn.Server
+    app: object
+
+    def client(self, **options) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=20, **options)
+
+
+@contextmanager
+def run_server(model: FakeModel, **settings) -> Iterator[Running]:
+    """uvicorn on a free loopback port, in a thread."""
+    app = create_app(model, ServerSettings(**settings))
+    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=2, ws="none")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    wait_until(lambda: server.started)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    try:
+        yield Running(f"http://127.0.0.1:{port}", model, server, app)
+    finally:
+        app.state.generations.stop()
+        server.should_exit = True
+        thread.join(10)
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
+    """Wait for ``condition`` to hold; fails the test where it does not."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            pytest.fail(f"still not so after {seconds} s")
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def model() -> FakeModel:
+    return FakeModel()
+
+
+@pytest.fixture
+def running(model: FakeModel) -> Iterator[Running]:
+    with run_server(model) as server:
+        yield server
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Running]]:
+    """``start(model, **settings)`` runs a server until the test ends."""
+    with ExitStack() as servers:
+        yield lambda model, **settings: servers.enter_context(run_server(model, **settings))
+
+
+@pytest.fixture(name="wait_until")
+def _wait_until() -> Callable[..., None]:
+    return wait_until
+
+
+@pytest.fixture
+def make_model() -> type[FakeModel]:
+    return FakeModel
