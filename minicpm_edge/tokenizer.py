@@ -67,6 +67,8 @@ class Tokenizer:
         }
         self.bos_token = self._named_token("bos_token", BOS)
         self.eos_token = self._named_token("eos_token", EOS)
+        for token in (self.bos_token, self.eos_token):  # some files do not mark them
+            self.special_tokens.setdefault(token, self.vocab[token])
         self.chat_template: str | None = self._config.get("chat_template")
 
     # --- making, reading and writing ---

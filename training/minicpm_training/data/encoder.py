@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from tokenizers import Regex, pre_tokenizers
 from minicpm_edge.tokenizer import SPLIT_PATTERN, Tokenizer
 from minicpm_training.data.token_set import DTYPES, dtype_for
 
-MAX_KNOWN_CHARACTERS = 8 << 20  # of all words kept; about 150 MB
+MAX_KNOWN_CHARACTERS = 4 << 20  # of all words kept; about 120 MB
 PIECE_CHARACTERS = 1 << 18
 ASTRAL_PIECE_CHARACTERS = 1 << 10
 ASTRAL = re.compile("[\U00010000-\U0010ffff]")
@@ -40,7 +41,7 @@ class Encoder:
         rules = [step.get("pattern", {}).get("Regex") for step in split.get("pretokenizers", [])]
         self._splits_words = rules == [SPLIT_PATTERN, None] and not tokenizer.definition.get("normalizer")
 
-    def encode(self, text: str) -> NDArray[np.unsignedinteger]:
+    def encode(self, text: str) -> NDArray[Any]:
         """Ids of ``text``, the same as ``tokenizer.encode(text)``.
 
         Raises UnicodeEncodeError for text with half a surrogate pair.
@@ -48,6 +49,8 @@ class Encoder:
         if not self._splits_words:
             text.encode()
             return np.array(self.tokenizer.encode(text), dtype=self.dtype)
+        if len(text) <= PIECE_CHARACTERS and not ASTRAL.search(text):
+            return np.frombuffer(self._look_up(_words_pattern().findall(text)), dtype=self.dtype)
         return np.frombuffer(b"".join(self._encode_pieces(text)), dtype=self.dtype)
 
     def _encode_pieces(self, text: str) -> Iterator[bytes]:

@@ -1,15 +1,14 @@
-"""Text to token shards: documents are read in one process and encoded in one process a core."""
+"""``data prepare``: text files to a token set, on all cores, whole or not at all."""
 
 from __future__ import annotations
 
-import multiprocessing
+import json
 import os
 import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import closing
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Any
 
@@ -19,161 +18,227 @@ from numpy.typing import NDArray
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.chat import encode_chat_with_mask
 from minicpm_edge.errors import UserError
-from minicpm_edge.progress import Progress
+from minicpm_edge.progress import Progress, duration
 from minicpm_edge.tokenizer import Tokenizer
-from minicpm_training.data.report import Report
-from minicpm_training.data.sources import Document, expand, is_dataset, read_dataset, read_documents
-from minicpm_training.data.token_writer import TokenWriter
+from minicpm_training.data.encoder import Encoder
+from minicpm_training.data.rows import Document, Skipped, documents
+from minicpm_training.data.sources import (
+    CHUNK_BYTES,
+    TEXT_SUFFIXES,
+    Chunk,
+    Source,
+    find_sources,
+    read_chunks,
+)
+from minicpm_training.data.token_set import FORMAT, MANIFEST, dtype_for
+from minicpm_training.data.workers import count_cores, ordered_map
+from minicpm_training.data.writer import SetWriter
 
-CHUNK_BYTES = 2 << 20  # of text in one piece of work
-CHUNKS_AHEAD = 3  # for each process; bounds the memory
-
-Encoded = tuple[NDArray[np.uint32], NDArray[np.uint8] | None]
+EXAMPLES = 10  # places named in the report for each source
+MAX_REASONS = 20
+SMALL_BYTES = 8 * CHUNK_BYTES  # of text; below it starting processes takes longer than the work
+PLAIN_SUFFIXES = (".jsonl", *TEXT_SUFFIXES)  # the others are compressed, about fourfold
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What a preparation did: the set's manifest, and how fast."""
+class Encoded:
+    """What a worker makes of one chunk: the documents' ids joined, their lengths, and what was skipped."""
 
-    manifest: dict[str, Any]
-    report: Report
-    seconds: float
+    source: int
+    done: float
+    ids: NDArray[Any]
+    lengths: NDArray[np.int64]
+    mask: NDArray[np.bool_] | None
+    num_bytes: int
+    skipped: tuple[Skipped, ...]
 
 
-def documents_of(sources: Sequence[str], *, field: str, report: Report) -> Iterator[Document]:
-    """All documents of the sources, in order: files, folders and patterns, or names of ``datasets``."""
-    for source in sources:
-        if is_dataset(source):
-            yield from read_dataset(source, field=field, report=report)
-        else:
-            for file in expand([source]):
-                yield from read_documents(file, field=field, report=report)
+@dataclass(kw_only=True)
+class SourceReport:
+    """What became of one SRC."""
+
+    source: Source
+    num_documents: int = 0
+    num_tokens: int = 0
+    num_bytes: int = 0
+    skipped: Counter[str] = dataclass_field(default_factory=Counter)
+    examples: list[str] = dataclass_field(default_factory=list)
+
+    def add(self, encoded: Encoded) -> None:
+        """Count one chunk."""
+        self.num_documents += len(encoded.lengths)
+        self.num_tokens += len(encoded.ids)
+        self.num_bytes += encoded.num_bytes
+        for skipped in encoded.skipped:
+            known = skipped.reason in self.skipped or len(self.skipped) < MAX_REASONS
+            self.skipped[skipped.reason if known else "other reasons"] += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(str(skipped))
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the manifest and ``--json``."""
+        return {
+            "source": self.source.name,
+            "num_files": len(self.source.files),
+            "num_files_ignored": self.source.num_ignored,
+            "num_documents": self.num_documents,
+            "num_tokens": self.num_tokens,
+            "num_bytes": self.num_bytes,
+            "skipped": dict(self.skipped),
+            "examples": self.examples,
+        }
 
 
 def prepare(
-    sources: Sequence[str],
+    names: Sequence[str],
     *,
-    tokenizer_folder: Path,
+    tokenizer: Path,
     out: Path,
     field: str = "text",
     workers: int | None = None,
     progress: Progress | None = None,
-) -> Prepared:
-    """Prepare a token set from ``sources`` into the folder ``out``, which appears whole or not at all.
+) -> dict[str, Any]:
+    """Make the token set ``out`` of the sources ``names``; returns its manifest.
 
-    Args:
-        workers: processes that encode; default one a core. The result does not depend on it.
+    The result does not depend on the number of workers (default: one a core). Until it is whole, nothing stands
+    under the name ``out``, or what stood there before.
 
-    Raises:
-        UserError: where ``out`` exists, a source is missing, or nothing in the sources can be used.
+    Raises UserError for sources that are not there or hold no document at all.
     """
-    if out.exists():
-        raise UserError(f"{out} exists; give another --out, or remove it to prepare it again")
-    tokenizer = Tokenizer.load(tokenizer_folder)
-    files = [source for source in sources if not is_dataset(source)]
-    expand(files)  # a source that is missing is found before work begins
-    started, report = time.monotonic(), Report()
-    with atomic_folder(out) as folder, closing(_Writing(folder, tokenizer)) as writing:
-        documents = documents_of(sources, field=field, report=report)
-        for encoded in _encode_all(_chunks(documents), tokenizer, tokenizer_folder, workers or _cores()):
-            for ids, mask in encoded:
-                writing.writer.add(ids, mask)
-            if progress:
-                rate = report.text_bytes / 1e6 / max(time.monotonic() - started, 1e-3)
-                progress.update(
-                    f"{report.documents:,} documents  {report.text_bytes / 1e6:,.1f} MB of text  "
-                    f"{writing.writer.num_tokens:,} tokens  {rate:.1f} MB/s"
-                )
-        if not writing.writer.num_tokens:
-            found = "; ".join(report.lines()) or "they are empty"
-            raise UserError(f"nothing in {', '.join(sources)} can be used: {found}")
-        manifest = writing.writer.close(
-            tokenizer_sha256=tokenizer.sha256, num_bytes=report.text_bytes, report=report.to_dict()
-        )
-    return Prepared(manifest=manifest, report=report, seconds=time.monotonic() - started)
+    check_replaceable(out, MANIFEST)
+    vocabulary = Tokenizer.load(tokenizer)
+    sources = find_sources(names)
+    reports = [SourceReport(source=source) for source in sources]
+    progress = progress or Progress()
+    started = time.monotonic()
+    results = ordered_map(
+        _encode_chunk,
+        read_chunks(sources, field),
+        workers=_num_workers(workers, sources),
+        start=_start,
+        arguments=(tokenizer, field),
+    )
+    dtype_name = dtype_for(vocabulary.vocab_size)
+    with atomic_folder(out) as folder:
+        with SetWriter(folder, Encoder(vocabulary).dtype) as writer, progress:
+            for encoded in results:
+                writer.add(encoded.ids, encoded.lengths, encoded.mask)
+                reports[encoded.source].add(encoded)
+                progress.update(_status(reports, encoded, time.monotonic() - started))
+        if not writer.shards:
+            raise UserError(_nothing_found(names, reports))
+        manifest = {
+            "format": FORMAT,
+            "dtype": dtype_name,
+            "has_mask": writer.has_mask,
+            "num_tokens": sum(report.num_tokens for report in reports),
+            "num_documents": sum(report.num_documents for report in reports),
+            "num_bytes": sum(report.num_bytes for report in reports),
+            "tokenizer_sha256": vocabulary.sha256,
+            "tokens_sha256": writer.sha256,
+            "shards": writer.shards,
+            "field": field,
+            "sources": [report.to_dict() for report in reports],
+        }
+        text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        (folder / MANIFEST).write_text(text, encoding="utf-8", newline="\n")
+    return manifest
 
 
-class _Writing:
-    """The writer, closed on every way out, so that an abandoned folder can be removed."""
-
-    def __init__(self, folder: Path, tokenizer: Tokenizer) -> None:
-        self.writer = TokenWriter(folder, vocab_size=tokenizer.vocab_size)
-
-    def close(self) -> None:
-        self.writer.abandon()
-
-
-def _chunks(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    chunk: list[Document] = []
-    size = 0
-    for document in documents:
-        chunk.append(document)
-        size += document.num_bytes
-        if size >= CHUNK_BYTES:
-            yield chunk
-            chunk, size = [], 0
-    if chunk:
-        yield chunk
-
-
-def _encode_all(
-    chunks: Iterator[list[Document]], tokenizer: Tokenizer, folder: Path, workers: int
-) -> Iterator[list[Encoded]]:
-    """Encoded chunks in the order of ``chunks``, whichever process was first."""
-    first = next(chunks, None)
-    second = next(chunks, None)
-    if first is None:
+def check_replaceable(out: Path, mark: str) -> None:
+    """UserError unless ``out`` is free, empty, or holds the file ``mark``, which shows that we made it."""
+    if not out.exists():
         return
-    if second is None or workers == 1:  # too little to be worth a process
-        yield encode_documents(tokenizer, first)
-        if second is not None:
-            yield encode_documents(tokenizer, second)
-        yield from (encode_documents(tokenizer, chunk) for chunk in chunks)
-        return
-    # Spawned, not forked: the tokenizer has threads, and Windows and macOS know nothing else.
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(
-        workers, mp_context=spawn, initializer=_start_worker, initargs=(str(folder),)
-    ) as pool:
-        waiting: deque[Future[list[Encoded]]] = deque(pool.submit(_work, chunk) for chunk in (first, second))
-        try:
-            for chunk in chunks:
-                waiting.append(pool.submit(_work, chunk))
-                if len(waiting) >= CHUNKS_AHEAD * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    if not out.is_dir():
+        raise UserError(f"{out} is a file; give a folder with --out")
+    if any(out.iterdir()) and not (out / mark).is_file():
+        raise UserError(f"the folder {out} holds other files; give a new or empty one with --out")
 
 
-_worker_tokenizer: Tokenizer
+def _num_workers(asked: int | None, sources: Sequence[Source]) -> int:
+    if asked is not None:
+        return asked
+    files = [file for source in sources for file in source.files if file.exists()]
+    size = sum(file.stat().st_size * (1 if file.suffix in PLAIN_SUFFIXES else 4) for file in files)
+    small = size < SMALL_BYTES and not any(source.dataset for source in sources)
+    return 1 if small else count_cores()
 
 
-def _start_worker(folder: str) -> None:
-    global _worker_tokenizer
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core a process
-    _worker_tokenizer = Tokenizer.load(folder)
+_worker: tuple[Encoder, str]  # set once in each process by `_start`
 
 
-def _work(chunk: list[Document]) -> list[Encoded]:
-    return encode_documents(_worker_tokenizer, chunk)
+def _start(tokenizer: Path, field: str) -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # one process a core is all the parallelism there is to have
+    )
+    _worker = Encoder(Tokenizer.load(tokenizer)), field
 
 
-def encode_documents(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[Encoded]:
-    """Ids of each document between begin and end token, and for chats which of them are to be learnt."""
-    texts = iter(tokenizer.encode_batch([document.text for document in documents if not document.messages]))
-    encoded: list[Encoded] = []
-    for document in documents:
-        if document.messages:
-            ids, learned = encode_chat_with_mask(tokenizer, document.messages)
-            encoded.append(
-                (np.array([*ids, tokenizer.eos_id], np.uint32), np.array([*learned, True], np.uint8))
-            )
-        else:
-            encoded.append((np.array([tokenizer.bos_id, *next(texts), tokenizer.eos_id], np.uint32), None))
-    return encoded
+def _encode_chunk(chunk: Chunk) -> Encoded:
+    encoder, field = _worker
+    ids: list[NDArray[Any]] = []
+    masks: list[NDArray[np.bool_] | None] = []
+    skipped = []
+    num_bytes = 0
+    for document in documents(chunk, field):
+        if isinstance(document, Skipped):
+            skipped.append(document)
+            continue
+        document_ids, mask = _encode_document(encoder, document)
+        ids.append(document_ids)
+        masks.append(mask)
+        num_bytes += len(document.text.encode())
+    return Encoded(
+        source=chunk.source,
+        done=chunk.done,
+        ids=np.concatenate(ids) if ids else np.zeros(0, dtype=encoder.dtype),
+        lengths=np.array([len(each) for each in ids], dtype=np.int64),
+        mask=_join_masks(ids, masks),
+        num_bytes=num_bytes,
+        skipped=tuple(skipped),
+    )
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _encode_document(encoder: Encoder, document: Document) -> tuple[NDArray[Any], NDArray[np.bool_] | None]:
+    """``<s> tokens </s>``. In a chat the mask marks what the assistant says, its end-of-turn token included."""
+    bos, eos = encoder.tokenizer.bos_id, encoder.tokenizer.eos_id
+    if document.messages is None:
+        ends = np.array([bos, eos], dtype=encoder.dtype)
+        return np.concatenate([ends[:1], encoder.encode(document.text), ends[1:]]), None
+    ids, mask = encode_chat_with_mask(
+        encoder.tokenizer, document.messages, encode=lambda text: encoder.encode(text).tolist()
+    )
+    if ids[:1] != [bos]:
+        ids, mask = [bos, *ids], [False, *mask]
+    return np.array([*ids, eos], dtype=encoder.dtype), np.array([*mask, False])
+
+
+def _join_masks(
+    ids: Sequence[NDArray[Any]], masks: Sequence[NDArray[np.bool_] | None]
+) -> NDArray[np.bool_] | None:
+    if all(mask is None for mask in masks):
+        return None
+    pairs = zip(ids, masks, strict=True)
+    return np.concatenate(
+        [np.ones(len(each), dtype=np.bool_) if mask is None else mask for each, mask in pairs]
+    )
+
+
+def _status(reports: Sequence[SourceReport], encoded: Encoded, seconds: float) -> str:
+    num_bytes = sum(report.num_bytes for report in reports)
+    num_tokens = sum(report.num_tokens for report in reports)
+    skipped = sum(report.skipped.total() for report in reports)
+    source = f"source {encoded.source + 1}/{len(reports)}  " if len(reports) > 1 else ""
+    return (
+        f"{source}{encoded.done:4.0%}  {num_bytes / 1e6:,.1f} MB  {num_tokens / 1e6:,.2f}M tokens  "
+        f"{num_bytes / 1e6 / max(seconds, 1e-9):.1f} MB/s  {duration(seconds)}"
+        + (f"  {skipped} skipped" if skipped else "")
+    )
+
+
+def _nothing_found(names: Sequence[str], reports: Sequence[SourceReport]) -> str:
+    examples = [example for report in reports for example in report.examples]
+    skipped = sum(report.skipped.total() for report in reports)
+    detail = f"{skipped} skipped, the first: {examples[0]}" if examples else "the files are empty"
+    return f"no document in {', '.join(names)}: {detail}"

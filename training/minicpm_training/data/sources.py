@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import glob
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ COMPRESSIONS = {".jsonl": None, ".jsonl.gz": "gzip", ".jsonl.zst": "zstd"}
 TEXT_SUFFIXES, TABLE_SUFFIX = (".txt", ".md"), ".parquet"
 SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSIONS, TABLE_SUFFIX)
 CHAT_FIELD = "messages"
+DATASET_PREFIX = "datasets:"  # without it a mistyped path would be asked for on the network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +75,8 @@ def find_sources(names: Sequence[str]) -> list[Source]:
 
 
 def _find_source(name: str) -> Source:
+    if name.startswith(DATASET_PREFIX):
+        return Source(name=name, dataset=name.removeprefix(DATASET_PREFIX))
     path = Path(name).expanduser()
     if path.is_dir():
         files = [
@@ -94,9 +96,7 @@ def _find_source(name: str) -> Source:
         if not known:
             raise UserError(f"{name} matches no {', '.join(SUFFIXES)} file")
         return Source(name=name, files=tuple(known), num_ignored=len(found) - len(known))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", name) and not _suffix(path):
-        return Source(name=name, dataset=name)
-    raise UserError(f"{name} does not exist")
+    raise UserError(f"{name} does not exist (a dataset by its name is written {DATASET_PREFIX}NAME)")
 
 
 def _suffix(path: Path) -> str | None:
@@ -175,8 +175,8 @@ def _read_lines(file: Path, compression: str | None) -> Iterator[tuple[Part, flo
     size = file.stat().st_size or 1
     raw = pa.OSFile(str(file))
     stream = pa.CompressedInputStream(raw, compression) if compression else raw
-    first, held, held_bytes = 1, [], 0
-    too_long = False
+    first, held_bytes, too_long = 1, 0, False
+    held: list[bytes] = []
     while True:
         block: bytes = stream.read(CHUNK_BYTES if compression is None else BLOCK_BYTES)
         end = block.rfind(b"\n") + 1 if block else 0
@@ -227,9 +227,7 @@ def _read_dataset(source: Source, field: str) -> Iterator[tuple[Part, float]]:
     try:
         import datasets
     except ImportError:
-        raise UserError(
-            f"{source.name} is no file or folder; to read a dataset of that name: pip install datasets"
-        ) from None
+        raise UserError(f"{source.name} needs the package `datasets`: pip install datasets") from None
     name, _, config = source.dataset.partition(":")
     first = 1
     rows: list[Mapping[str, Any]] = []
@@ -242,6 +240,6 @@ def _read_dataset(source: Source, field: str) -> Iterator[tuple[Part, float]]:
                 first, rows = first + len(rows), []
     except (OSError, ValueError, RuntimeError, LookupError, TypeError) as error:
         problem = " ".join(str(error).split())[:200]
-        raise UserError(f"{source.name} is no file or folder, and `datasets` says: {problem}") from error
+        raise UserError(f"{source.name} cannot be read: {problem}") from error
     if rows:
         yield Part(kind="rows", place=source.name, first=first, content=rows), 1.0

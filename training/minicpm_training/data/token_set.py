@@ -23,7 +23,7 @@ from minicpm_edge.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-DTYPES = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
 
 def dtype_for(vocab_size: int) -> str:
