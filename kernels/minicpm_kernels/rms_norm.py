@@ -98,7 +98,7 @@ class _RmsNormResidual(torch.autograd.Function):
                 residual_ND, branch_ND, weight_D, eps, branch_scale
             )
         else:
-            new_residual_ND = torch.add(residual_ND, branch_ND, alpha=branch_scale).to(residual_ND.dtype)
+            new_residual_ND = _add_scaled(residual_ND, branch_ND, branch_scale).to(residual_ND.dtype)
             normalised_ND, rstd_N1 = _normalise(new_residual_ND, weight_D, eps)
         ctx.save_for_backward(new_residual_ND, weight_D, rstd_N1)
         ctx.branch_dtype, ctx.branch_scale = branch_ND.dtype, branch_scale
@@ -120,6 +120,14 @@ class _RmsNormResidual(torch.autograd.Function):
         d_x_ND = d_x_ND.add_(d_new_residual_ND)
         d_branch_ND = (d_x_ND * ctx.branch_scale).to(ctx.branch_dtype)
         return d_x_ND.to(new_residual_ND.dtype), d_branch_ND, d_weight_D, None, None
+
+
+def _add_scaled(residual_ND: Tensor, branch_ND: Tensor, branch_scale: float) -> Tensor:
+    """residual + branch_scale · branch."""
+    if torch.compiler.is_compiling():
+        # Inductor makes one addmm of a product and the add after it, and drops alpha (torch 2.13): not alpha here.
+        return residual_ND + branch_scale * branch_ND
+    return torch.add(residual_ND, branch_ND, alpha=branch_scale)
 
 
 def _normalise(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:

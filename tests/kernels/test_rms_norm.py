@@ -139,3 +139,14 @@ def test_refuses_what_does_not_fit(device):
         rms_norm(x, weight[:16], eps=EPS)
     with pytest.raises(ValueError, match=r"residual \(5, 32\) and branch \(4, 32\) differ"):
         fused(x, branch[:4], weight)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler modules
+def test_inductor_keeps_the_scale_after_a_matrix_product():
+    """Inductor (torch 2.13) makes an addmm of ``torch.add(x, a @ b, alpha=…)`` that forgets alpha."""
+
+    def block(x_ND, weight_DD):
+        return rms_norm_residual(x_ND, x_ND @ weight_DD, torch.ones(16), eps=1e-5, branch_scale=0.4)
+
+    x_ND, weight_DD = torch.randn(8, 16), torch.randn(16, 16)
+    torch.testing.assert_close(torch.compile(block)(x_ND, weight_DD), block(x_ND, weight_DD))
