@@ -1,1 +1,1 @@
-"""Local server, chat page and terminal chat."""
+"""Serving: an OpenAI-compatible API, a chat page and a terminal chat over one loaded model."""

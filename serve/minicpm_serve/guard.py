@@ -163,11 +163,11 @@ class Guard:
 
 
 def _host_names(settings: ServerSettings) -> frozenset[str]:
-    names = {"localhost", settings.host, *settings.allowed_hosts}
+    names = {"localhost", settings.host, *map(_without_port, settings.allowed_hosts)}
     if not is_loopback(settings.host):
         own = socket.gethostname()
         names |= {own, f"{own}.local"}
-    return frozenset(name.lower() for name in names)
+    return frozenset(name.lower() for name in names if name)
 
 
 def _without_port(host: str) -> str:

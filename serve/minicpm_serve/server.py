@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import signal
 import socket
 from types import FrameType
 
@@ -60,13 +61,18 @@ def run(app: FastAPI, listener: socket.socket, *, announce: str) -> None:
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_FINISH, ws="none"
     )
-    _Server(config, app, announce).run(sockets=[listener])
+    server = _Server(config, app, announce)
+    server.run(sockets=[listener])
+    # Whether uvicorn itself passes the interrupt on depends on its version.
+    if server.interrupted:
+        raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, app: FastAPI, announce: str) -> None:
         super().__init__(config)
         self._app, self._announce = app, announce
+        self.interrupted = False
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -74,5 +80,6 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn waits for answers to end; a long one would keep Ctrl-C waiting, so they are ended too.
+        self.interrupted = sig == signal.SIGINT
         self._app.state.generations.stop()
         super().handle_exit(sig, frame)

@@ -68,6 +68,10 @@ class FakeModel:
 
     def stream(self, prompt, params: SamplingParams, *, cancelled=never_cancelled) -> Iterator[Chunk]:
         text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
+        if len(text.encode()) >= self.context_length:
+            raise UserError(
+                f"the prompt does not fit the context of {self.context_length} tokens; shorten it"
+            )
         self.prompts.append(text)
         self.params.append(params)
         self.num_running += 1

@@ -51,7 +51,7 @@ def test_a_rebound_name_gets_nothing(connect, host, path):
 
 
 def test_hosts_beyond_loopback(connect):
-    client = connect(host="0.0.0.0", api_keys=("key",), allowed_hosts=("My-Box.example",))
+    client = connect(host="0.0.0.0", api_keys=("key",), allowed_hosts=("My-Box.example:8080",))
     assert client.get("/health", headers={"host": "192.168.1.5:8080"}).status_code == 200, (
         "an address is no name"
     )
