@@ -1,7 +1,7 @@
 """Which row of which set stands at each position of a run: exact shares, a fresh order every epoch, no state.
 
 Positions count rows over all stages. Within a stage, blocks of rows give each source its quota to the row and spread
-it evenly, so that every prefix keeps the asked shares to within a row or two. A source's rows are then taken in a
+it evenly: within a block every prefix keeps the block's shares to less than one row. A source's rows are then taken in a
 seeded order, a new one each epoch; a later stage goes on in it where the earlier ones stopped.
 """
 
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from minicpm_edge.errors import UserError
 
-BLOCK_ROWS = 1 << 16
-MIN_SHARE = 1 / 20_000  # below it a block could round a source's quota to less than nothing
+BLOCK_ROWS = 1 << 14
+MIN_SHARE = 1 / 20_000  # below it a whole run may never come to a source's row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,20 +123,28 @@ def _block(shares: tuple[float, ...], block: int) -> tuple[NDArray[np.int64], ND
         after - before
         for before, after in zip(_quota_before(shares, block), _quota_before(shares, block + 1), strict=True)
     ]
-    source = np.repeat(np.arange(len(shares)), quotas)
-    rank = np.concatenate([np.arange(quota) for quota in quotas])
-    # The k-th of a source's q rows belongs at (k + 1/2) / q of the way; sorting merges all sources evenly.
-    ideal = np.concatenate([(np.arange(quota) + 0.5) / max(quota, 1) for quota in quotas])
-    order = np.argsort(ideal, kind="stable")
-    return source[order], rank[order]
+    choice, rank = np.empty(BLOCK_ROWS, dtype=np.int64), np.empty(BLOCK_ROWS, dtype=np.int64)
+    # Fair scheduling (Baruah et al. 1996, "Proportionate progress"): the k-th of a source's q rows may come from
+    # position k·B/q on and must come before (k + 1)·B/q; the earliest deadline first always manages that.
+    taken = [0] * len(quotas)
+    for position in range(BLOCK_ROWS):
+        _, index = min(
+            (-(-(k + 1) * BLOCK_ROWS // quota), index)
+            for index, (k, quota) in enumerate(zip(taken, quotas, strict=True))
+            if k < quota and k * BLOCK_ROWS // quota <= position
+        )
+        choice[position], rank[position] = index, taken[index]
+        taken[index] += 1
+    return choice, rank
 
 
 @lru_cache(maxsize=32)
 def _order(seed: int, key: str, epoch: int, num_rows: int) -> NDArray[np.int64]:
     """The seeded order of a set's rows in one epoch."""
     digest = hashlib.sha256(f"{seed}/{key}/{epoch}".encode()).digest()
-    generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "little")))
-    return generator.permutation(num_rows)
+    # Raw bits, not Generator.permutation: only they are promised to stay the same in later versions of NumPy.
+    keys = np.random.PCG64(int.from_bytes(digest[:16], "little")).random_raw(num_rows)
+    return np.argsort(keys, kind="stable")
 
 
 def realised(places: Iterator[Place]) -> dict[str, int]:
