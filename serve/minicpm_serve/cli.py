@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from minicpm_edge.cli import Command
 from minicpm_edge.engine import SamplingParams
+from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
     from minicpm_edge.language_model import LanguageModel
@@ -101,6 +102,8 @@ def _serve(arguments: argparse.Namespace) -> None:
 def _chat(arguments: argparse.Namespace) -> None:
     from minicpm_serve import terminal
 
+    if arguments.json and arguments.prompt is None:
+        raise UserError("--json prints one answer, so it goes with -p TEXT")
     given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
     params = SamplingParams.of(**given)
     terminal.prepare_streams()

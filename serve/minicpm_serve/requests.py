@@ -236,7 +236,7 @@ def _refuse_unsupported(extra: Mapping[str, Any], *, known: Mapping[str, object]
                 param=name,
                 code="unsupported_parameter",
             )
-        near = difflib.get_close_matches(name, [*known, *NEUTRAL, *WITHOUT_EFFECT], n=1)
+        near = difflib.get_close_matches(name[:100], [*known, *NEUTRAL, *WITHOUT_EFFECT], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ApiError(
             400, f"{name[:100]}: no such parameter{hint}", param=name[:100], code="unknown_parameter"

@@ -68,6 +68,7 @@ def test_every_option_reaches_the_engine(chat, model):
     ("arguments", "words"),
     [
         (["-p", ""], "the prompt is empty"),
+        (["--json"], "goes with -p"),
         (["-p", "-"], "the prompt is empty"),
         (["-p", "x", "--temperature", "-1"], "temperature"),
         (["-p", "x", "--top-p", "nan"], "top_p"),
