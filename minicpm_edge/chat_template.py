@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
 from typing import Any, NoReturn
@@ -25,9 +25,12 @@ from jinja2.utils import Namespace
 from minicpm_edge.errors import UserError
 
 MAX_SOURCE = 64 << 10  # characters; the longest published templates have about 20,000
-MAX_WORK = 128 << 20  # characters and values made while one template runs
+MAX_WORK = 128 << 20  # bytes of text and lists made while one template runs, roughly
 MAX_SECONDS = 2.0
 MAX_INTEGER_BITS = 256
+MAX_INDENT = 64
+ITEM_COST, PIECE_COST = 8, 64  # bytes that a list takes for an item, and for an item with a text of its own
+LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 BUDGET = "the budget"  # a name in the context that no template can spell
 
 # The filters and methods that published templates use. What takes a width (center, ljust, format) is not among them.
@@ -63,10 +66,10 @@ TEMPLATE_ERRORS = (
 class Budget:
     """What one run of a template may still spend."""
 
-    def __init__(self, turn_cost: int, seconds: float = MAX_SECONDS) -> None:
+    def __init__(self, turn_cost: int) -> None:
         self.turn_cost = turn_cost
         self.left = MAX_WORK
-        self.deadline = time.monotonic() + seconds
+        self.deadline = time.monotonic() + MAX_SECONDS
 
     def charge(self, amount: int = 1) -> None:
         """Spend ``amount``; raises SecurityError when the template is past its size or time."""
@@ -86,8 +89,10 @@ class Budget:
             item = waiting.pop()
             self.charge(1 + len(item) if isinstance(item, str | bytes) else 1)
             if isinstance(item, list | tuple | set | frozenset):
+                self.charge(ITEM_COST * len(item))
                 waiting.extend(item)
             elif isinstance(item, dict):
+                self.charge(ITEM_COST * len(item))
                 waiting.extend(item.keys())
                 waiting.extend(item.values())
             elif isinstance(item, Namespace):
@@ -130,7 +135,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "*" and (isinstance(left, int) or isinstance(right, int)):
             value, times = (right, left) if isinstance(left, int) else (left, right)
             if hasattr(value, "__len__"):
-                budget.charge(len(value) * max(0, min(times, MAX_WORK)))
+                size = 1 if isinstance(value, str) else ITEM_COST
+                budget.charge(size * len(value) * max(0, min(times, MAX_WORK)))
         elif operator == "%" and any(texts):
             raise SecurityError("it formats text with %; use ~ instead")
         result = super().call_binop(context, operator, left, right)
@@ -141,23 +147,35 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         budget.charge(budget.turn_cost)
         budget.measure([*arguments, *named.values()])
-        owner = getattr(obj, "__self__", None)
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
         for kind in (str, dict, list, tuple, int, float, bytes, type):
             if isinstance(owner, kind) and obj.__name__ not in METHODS.get(kind, ()):
                 raise SecurityError(f"it calls {kind.__name__}.{obj.__name__}, which templates may not")
-        if isinstance(owner, str) and obj.__name__ in ("replace", "join"):
-            _charge_text(budget, obj.__name__, owner, *arguments)
+        if isinstance(owner, str):
+            if obj.__name__ == "join" and arguments:
+                arguments = (list(budget.iterate(arguments[0])),)
+            budget.charge(_text_cost(obj.__name__, owner, arguments, named))
         result = super().call(context, obj, *arguments, **named)
-        budget.measure(result)
+        if obj is not Namespace:
+            budget.measure(result)
         return result
 
 
-def _charge_text(budget: Budget, name: str, owner: str, *arguments: Any) -> None:
-    """Charge ``owner.replace(old, new)`` or ``owner.join(parts)`` before it makes its text."""
-    if name == "replace" and len(arguments) >= 2 and all(isinstance(text, str) for text in arguments[:2]):
-        budget.charge(len(owner) + owner.count(arguments[0]) * len(arguments[1]))
-    elif name == "join" and arguments and hasattr(arguments[0], "__len__"):
-        budget.charge(len(owner) * len(arguments[0]))
+def _text_cost(name: str, text: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> int:
+    """A bound on what the method or filter ``name`` makes of ``text``, before it is made."""
+    first = arguments[0] if arguments else named.get("old", named.get("sep"))
+    if name == "replace":
+        new = arguments[1] if len(arguments) > 1 else named.get("new")
+        return len(text) + text.count(str(first)) * len(str(new))
+    if name == "join":
+        return len(text) * len(first) if isinstance(first, list) else 0
+    if name in ("split", "rsplit"):
+        return PIECE_COST * (text.count(first) if isinstance(first, str) and first else len(text) // 2)
+    if name == "splitlines":
+        return PIECE_COST * sum(map(text.count, LINE_ENDS))
+    if name == "indent":
+        return MAX_INDENT * text.count("\n")
+    return ITEM_COST * len(text) if name in ("list", "reverse", "sort", "unique") else len(text)
 
 
 _BUILTIN = Environment()  # Jinja's own filters, called with the arguments that Jinja gives them
@@ -172,15 +190,15 @@ def _guarded(name: str) -> Callable[..., Any]:
         budget.charge()
         budget.measure([*arguments, *named.values()])
         for number in (*arguments, *named.values()):
-            if name in ("indent", "round") and isinstance(number, int | str) and _size(number) > 64:
+            if name in ("indent", "round") and isinstance(number, int | str) and _size(number) > MAX_INDENT:
                 raise SecurityError(f"it calls {name} with a huge argument")
         if name == "join":
             value = list(budget.iterate(value))
             budget.measure(value)
-        if name in ("replace", "join"):
-            text, *rest = (value, *arguments, *named.values())
-            owner = str(rest[0] if rest else "") if name == "join" else str(text)
-            _charge_text(budget, name, owner, *([value] if name == "join" else rest))
+            separator, *_ = (*arguments, *named.values(), "")
+            budget.charge(_text_cost(name, str(separator), [value], {}))
+        elif isinstance(value, str):
+            budget.charge(_text_cost(name, value, arguments, named))
         result = _BUILTIN.call_filter(name, value, arguments, named, context=context)
         if isinstance(result, Iterator):
             return budget.iterate(result)
@@ -225,12 +243,22 @@ def _output(context: Context, value: Any) -> str:
 
 @pass_context
 def _to_json(context: Context, value: Any, indent: int | None = None, **named: Any) -> str:
-    _budget(context).measure(value)
-    if indent is not None and not 0 <= indent <= 16:
-        raise SecurityError("it calls tojson with a huge indent")
+    budget = _budget(context)
+    before = budget.left
+    budget.measure(value)
+    if indent is not None:
+        if not 0 <= indent <= 16:
+            raise SecurityError("it calls tojson with a huge indent")
+        budget.charge((before - budget.left) * indent * _depth(value) // ITEM_COST)
     keys = ("ensure_ascii", "separators", "sort_keys")
     options = {"ensure_ascii": False} | {key: named[key] for key in keys if key in named}
     return json.dumps(value, indent=indent, **options)
+
+
+def _depth(value: object) -> int:
+    """How deep lists and dictionaries lie in ``value``; RecursionError for what is deeper than Python goes."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _raise_exception(message: object) -> NoReturn:
@@ -258,7 +286,11 @@ def _rewrite(node: nodes.Node) -> nodes.Node:
         node.node = _filtered(node.node, "_tick")
     elif isinstance(node, nodes.Concat):
         return _filtered(nodes.List(node.nodes, lineno=node.lineno), "_concatenate")
-    elif isinstance(node, nodes.List | nodes.Dict) or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+    elif (
+        isinstance(node, nodes.List | nodes.Dict)
+        or (isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Slice))
+        or (isinstance(node, nodes.Tuple) and node.ctx == "load")
+    ):
         return _filtered(node, "_measured")
     return node
 

@@ -19,7 +19,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from minicpm_edge.errors import UserError
 
 UNIGRAM, BPE = 1, 2
-CONTROL, USER_DEFINED = 3, 4
+NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NEVER = -1e6  # the score of pieces that text cannot spell, "<unk>" and "<0x0A>" among them
 SPACE = "▁"
 MAX_MERGE_PIECE = 64  # characters; pieces are at most 16 long by default
 
@@ -109,7 +110,8 @@ def _build(
             ignore_merges=bool(user_defined),  # a user-defined piece is split off below and taken whole
         )
     elif kind == UNIGRAM:
-        scores = [(piece.text, piece.score) for piece in pieces]
+        found_in_text = (NORMAL, USER_DEFINED)
+        scores = [(piece.text, piece.score if piece.kind in found_in_text else NEVER) for piece in pieces]
         model = models.Unigram(scores, unk_id=unknown, byte_fallback=byte_fallback)
     else:
         raise ValueError(f"its model type {kind} is neither BPE nor unigram")
@@ -155,7 +157,7 @@ def _normalizers(spec: dict[int, Any], adds_space: bool) -> Iterator[Any]:
 
 def _merges(pieces: list[Piece]) -> list[tuple[str, str]]:
     """Every split of a piece into two pieces, in the order in which SentencePiece would join them."""
-    scores = {piece.text: piece.score for piece in pieces if piece.kind not in (CONTROL, USER_DEFINED)}
+    scores = {piece.text: piece.score for piece in pieces if piece.kind == NORMAL}
     found = [
         (-score, text[:cut], text[cut:])
         for text, score in scores.items()

@@ -1,8 +1,8 @@
 """Which row of which set stands at each position of a run: exact shares, a fresh order every epoch, no state.
 
 Positions count rows over all stages. Within a stage, blocks of rows give each source its quota to the row and spread
-it evenly: within a block every prefix keeps the block's shares to less than one row. A source's rows are then taken in a
-seeded order, a new one each epoch; a later stage goes on in it where the earlier ones stopped.
+it evenly: within a block every prefix keeps the block's shares to less than one row. A source's rows are then taken
+in a seeded order, a new one each epoch; a later stage goes on in it where the earlier ones stopped.
 """
 
 from __future__ import annotations
