@@ -24,14 +24,19 @@ def run(title: str, *command: str | Path, **environment: str) -> None:
     print(f"\n=== {title}", flush=True)
     started = time.monotonic()
     code = subprocess.call([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment})
-    print(f"=== {title}: {'ok' if code == 0 else f'FAILED ({code})'}, {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"=== {title}: {'ok' if code == 0 else f'FAILED ({code})'}, {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     if code:
         sys.exit(code)
 
 
 def find_browser() -> None:
     """The page's tests need Chromium; on a bare Debian CI machine it is installed, elsewhere they skip without it."""
-    if shutil.which("chromium") or not (os.environ.get("CI") and shutil.which("apt-get") and os.geteuid() == 0):
+    if shutil.which("chromium") or not (
+        os.environ.get("CI") and shutil.which("apt-get") and os.geteuid() == 0
+    ):
         return
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     for command in (["apt-get", "update", "-qq"], ["apt-get", "install", "-y", "-qq", "chromium"]):

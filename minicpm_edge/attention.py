@@ -87,7 +87,8 @@ class Attention(nn.Module):
             mixed_NHC = attention(q_NHC, k_NKC, v_NKC, context.cu_seqlens, max_seqlen=context.max_seqlen)
         else:
             mixed_NHC = self._attend_to_cache(q_NHC, k_NKC, v_NKC, context.batch_size, context.cache)
-        return self.out(mixed_NHC.reshape(num_tokens, heads * size))
+        out_ND: Tensor = self.out(mixed_NHC.reshape(num_tokens, heads * size))
+        return out_ND
 
     def _attend_to_cache(
         self, q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, batch: int, cache: KVCache

@@ -185,7 +185,7 @@ def _parse(entries: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = entries["hidden_size"], entries["num_attention_heads"]
     layers = entries["num_hidden_layers"]
     rope = entries.get("rope_parameters") or {}
-    scales = _SCALES[family](entries, hidden, layers)
+    scales: dict[str, Any] = _SCALES[family](entries, hidden, layers)
     optional = (
         "max_position_embeddings rms_norm_eps initializer_range num_experts num_experts_per_tok "
         "bos_token_id eos_token_id"

@@ -22,4 +22,5 @@ class FeedForward(nn.Module):
     def forward(self, x_ND: Tensor) -> Tensor:
         """One position at a time; nothing is mixed between tokens."""
         hidden_NF = swiglu(self.gate_up(x_ND))
-        return self.down(hidden_NF)
+        out_ND: Tensor = self.down(hidden_NF)
+        return out_ND

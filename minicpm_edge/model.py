@@ -65,12 +65,15 @@ class Layer(nn.Module):
 
     def forward(
         self, residual_ND: Tensor, branch_ND: Tensor | None, context: Context
-    ) -> tuple[Tensor, Tensor]:
-        """(residual, branch not yet added) → the same after this layer."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(residual, branch not yet added) → the same after this layer, and a router's load-balance loss."""
         x_ND, residual_ND = self.attention_norm(residual_ND, branch_ND)
         branch_ND = self.attention(x_ND, context)
         x_ND, residual_ND = self.feed_forward_norm(residual_ND, branch_ND)
-        return residual_ND, self.feed_forward(x_ND)
+        if isinstance(self.feed_forward, MixtureOfExperts):
+            branch_ND, load_balance_loss = self.feed_forward(x_ND)
+            return residual_ND, branch_ND, load_balance_loss
+        return residual_ND, self.feed_forward(x_ND), None
 
 
 class MiniCPM(nn.Module):
@@ -131,17 +134,28 @@ class MiniCPM(nn.Module):
             max_seqlen: length of the longest document (default: T); only a bound for scheduling.
             cache: past keys and values; the new tokens are appended. Excludes ``cu_seqlens``.
         """
+        hidden_BTD, _ = self._decode(input_ids_BT, cu_seqlens, max_seqlen, cache)
+        return hidden_BTD
+
+    def _decode(
+        self, input_ids_BT: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Final states (B, T, D) and the load-balance loss of every mixture of experts."""
         if cache is not None and cu_seqlens is not None:
             raise ValueError("a cache holds one document a row: cu_seqlens and cache exclude each other")
         context = self._context(input_ids_BT, cu_seqlens, max_seqlen, cache)
         residual_ND = self.embedding(input_ids_BT.flatten()) * self.config.scale_emb
         branch_ND: Tensor | None = None
+        balance: list[Tensor] = []
         for layer in self.layers:
-            residual_ND, branch_ND = layer(residual_ND, branch_ND, context)
+            residual_ND, branch_ND, load_balance_loss = layer(residual_ND, branch_ND, context)
+            if load_balance_loss is not None:
+                balance.append(load_balance_loss)
         x_ND, _ = self.norm(residual_ND, branch_ND)
         if cache is not None:
             cache.length += input_ids_BT.shape[1]
-        return x_ND.view(*input_ids_BT.shape, -1)
+        hidden_BTD: Tensor = x_ND.view(*input_ids_BT.shape, -1)
+        return hidden_BTD, balance
 
     def forward(
         self, input_ids_BT: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
@@ -166,7 +180,7 @@ class MiniCPM(nn.Module):
 
         ``z_loss`` weighs log(Z)² (PaLM, section 5). Mixtures of experts add 0.01 × their load-balance loss.
         """
-        hidden_BTD = self.hidden(input_ids_BT, cu_seqlens=cu_seqlens, max_seqlen=max_seqlen)
+        hidden_BTD, balance = self._decode(input_ids_BT, cu_seqlens, max_seqlen, None)
         result = linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
             self.head_weight_VD,
@@ -175,13 +189,9 @@ class MiniCPM(nn.Module):
             z_loss=z_loss,
         )
         total = result.loss_sum + result.z_loss_sum
-        if self.config.num_experts:
-            balance = torch.stack([layer.feed_forward.load_balance_loss for layer in self._layers()]).mean()
-            total = total + LOAD_BALANCE_WEIGHT * balance * result.num_targets
+        if balance:
+            total = total + LOAD_BALANCE_WEIGHT * torch.stack(balance).mean() * result.num_targets
         return Loss(total=total, cross_entropy=result.loss_sum.detach(), num_targets=result.num_targets)
-
-    def _layers(self) -> list[Layer]:
-        return [layer for layer in self.layers if isinstance(layer, Layer)]
 
     def _context(
         self, input_ids_BT: Tensor, cu_seqlens: Tensor | None, max_seqlen: int | None, cache: KVCache | None

@@ -13,14 +13,7 @@ from minicpm_edge.config import ModelConfig
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its top-k of E SwiGLU experts, weighted by the renormalised router: (N, D) → (N, D).
-
-    After a forward pass ``load_balance_loss`` and ``router_z_loss`` hold that pass's losses (0-d), for the
-    training objective to add.
-    """
-
-    load_balance_loss: Tensor
-    router_z_loss: Tensor
+    """Each token goes to its top-k of E SwiGLU experts, weighted by the renormalised router: (N, D) → (N, D)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -30,9 +23,9 @@ class MixtureOfExperts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         self.down = nn.Parameter(torch.empty(num_experts, hidden, width))
 
-    def forward(self, x_ND: Tensor) -> Tensor:
-        """Route, compute, combine."""
-        out_ND, self.load_balance_loss, self.router_z_loss = moe_layer(
+    def forward(self, x_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Route, compute, combine; returns (output, load-balance loss), the latter 0-d and 1 when even."""
+        result = moe_layer(
             x_ND, self.router.weight, self.gate_up, self.down, num_experts_per_tok=self.num_experts_per_tok
         )
-        return out_ND
+        return result.out_ND, result.load_balance_loss

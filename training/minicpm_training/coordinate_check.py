@@ -9,11 +9,11 @@ Method: Yang et al., Tensor Programs V (arXiv 2203.03466), appendix D.1.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minicpm_edge.config import ModelConfig
 from minicpm_edge.model import MiniCPM
@@ -72,10 +72,9 @@ def measure(
 
     sizes: Sizes = {}
 
-    def record(name: str) -> object:
-        def hook(_module: object, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
-            tensor = output[0] if isinstance(output, tuple) else output
-            sizes.setdefault(name, []).append(tensor.detach().float().square().mean().sqrt().item())
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            sizes.setdefault(name, []).append(output.detach().float().square().mean().sqrt().item())
 
         return hook
 
@@ -85,7 +84,7 @@ def measure(
     for ids_BT in _batches(num_steps):
         loss = model.loss(ids_BT[:, :-1].contiguous(), ids_BT[:, 1:].contiguous())
         optimizer.zero_grad(set_to_none=True)
-        (loss.total / loss.num_targets).backward()
+        torch.autograd.backward(loss.total / loss.num_targets)
         optimizer.step()
     return sizes
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ def quickstart(out: Path, *, minutes: float) -> None:
     _step("corpus: Python's standard library", where.corpus, lambda: _corpus(where))
     _step("tokenizer", where.tokenizer, lambda: _tokenizer(where))
     for name in ("source", "docs", "chats", "docs.valid"):
-        _step(f"token shards: {name}", where.data(name), lambda name=name: _prepare(where, name))
+        _step(f"token shards: {name}", where.data(name), partial(_prepare, where, name))
     seconds_left = minutes * 60 - (time.monotonic() - started) - SECONDS_AFTER_TRAINING
     _step("recipe for this machine", where.recipe, lambda: _recipe(where, seconds_left))
     _train(where)
@@ -174,7 +175,7 @@ def _measure_speed(seconds: float = 6.0) -> float:
 
     from minicpm_edge.model import MiniCPM
     from minicpm_edge.presets import preset
-    from minicpm_training.hardware import dtype_of, choose_device, choose_precision
+    from minicpm_training.hardware import choose_device, choose_precision, dtype_of
 
     device = choose_device("auto")
     precision = choose_precision("auto", device)
@@ -190,7 +191,7 @@ def _measure_speed(seconds: float = 6.0) -> float:
         start = time.perf_counter()
         with torch.autocast(device.type, dtype=dtype_of("bf16"), enabled=precision == "bf16"):
             loss = model.loss(inputs_BT, targets_BT)
-        (loss.total / loss.num_targets).backward()
+        torch.autograd.backward(loss.total / loss.num_targets)
         optimizer.step()
         optimizer.zero_grad()
         loss.cross_entropy.item()  # waits for the device
