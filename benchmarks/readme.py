@@ -88,9 +88,11 @@ def tree() -> str:
     for folder, purpose in PACKAGES:
         lines.append(f"{folder + '/':<34}{purpose}")
         files = sorted((ROOT / folder).rglob("*.py"), key=lambda file: (len(file.parts), file))
-        for file in files:
-            if file.name != "__init__.py":
-                lines.append(f"  {file.relative_to(ROOT / folder).as_posix():<32}{first_line(file)}")
+        lines += [
+            f"  {file.relative_to(ROOT / folder).as_posix():<32}{first_line(file)}"
+            for file in files
+            if file.name != "__init__.py"
+        ]
     lines += [f"{name:<34}{purpose}" for name, purpose in OTHERS]
     return "```\n" + "\n".join(lines) + "\n```"
 
