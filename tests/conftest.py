@@ -1,6 +1,7 @@
 """Settings that must hold before any test module is imported."""
 
 import os
+import signal
 
 # Triton decides between its CPU interpreter and the GPU compiler while it is being imported, and a test
 # module of any part may import it (through torch.compile, or transformers). So the choice is made here,
@@ -9,3 +10,7 @@ import os
 # their own, without this variable.
 if os.environ.get("MINICPM_TEST_DEVICE", "cpu") == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and they would pass that on to the
+# programs whose answer to Ctrl-C is tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
