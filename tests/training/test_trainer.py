@@ -31,6 +31,22 @@ def test_the_loss_falls_on_a_repetitive_corpus(make_recipe, train, workspace, tm
     assert sum(values[-5:]) / 5 < 0.4  # the text is one sentence over and over
 
 
+def test_a_mixture_of_experts_learns_and_is_saved(make_recipe, train, workspace, tmp_path):
+    recipe = make_recipe(
+        f'data.stable=[{{path="{(workspace / "b").as_posix()}"}}]',
+        "schedule.stable_tokens=5_120",
+        "model.num_experts=4",
+        "model.num_experts_per_tok=2",
+    )
+    run = train(recipe, tmp_path / "run")
+    values = losses(run)
+    assert sum(values[-5:]) / 5 < 0.5 * values[0]
+    model = load_checkpoint(run.trunk.checkpoint(40))
+    assert model.config.num_experts == 4
+    router = model.get_parameter("layers.0.feed_forward.router.weight")
+    assert router.shape[0] == 4 and torch.isfinite(router).all()
+
+
 def test_accumulated_micro_batches_are_one_big_batch(make_recipe, train, tmp_path):
     runs = [
         train(make_recipe(f"micro_batch_tokens={size}", "schedule.stable_tokens=640"), tmp_path / str(size))

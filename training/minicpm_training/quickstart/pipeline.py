@@ -35,6 +35,7 @@ micro_batch_tokens = {batch_tokens}
 
 [model]
 preset = "tiny"
+max_position_embeddings = {sequence_length}
 
 [data]
 tokenizer = {tokenizer}
@@ -58,7 +59,7 @@ every = {checkpoint_every}
 [evaluation]
 every = {evaluation_every}
 """
-SEQUENCE_LENGTH, BATCH_TOKENS = 256, 4096
+SEQUENCE_LENGTH, BATCH_TOKENS = 512, 4096
 
 
 @dataclass(frozen=True, kw_only=True)
