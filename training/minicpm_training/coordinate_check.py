@@ -111,7 +111,7 @@ def plot(panels: Mapping[str, Mapping[int, Sizes]], out: Path) -> None:
             axis.plot(
                 list(by_width), [sizes[name][-1] for sizes in by_width.values()], marker="o", label=name
             )
-        axis.set(title=title, xlabel="width", xscale="log", yscale="log")
+        axis.set(title=title, xlabel="width", xscale="log", ylim=(0, None))
         axis.set_xticks(list(by_width), [str(width) for width in by_width])
         axis.minorticks_off()
     axes[0][0].set_ylabel("root mean square of the block's output")
