@@ -40,6 +40,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         help="go on with a run (default: --out, else the newest); --set may lengthen it",
     )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        metavar="M",
+        help="end the stable stage early and decay from there, so that all takes at most about M minutes",
+    )
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes (only 1 as yet)")
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     _add_json(parser, "the plan or the result")

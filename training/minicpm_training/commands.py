@@ -47,7 +47,14 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         return _dry_run(arguments)
     recipe, run = _resumed(arguments) if arguments.resume is not None else _started(arguments)
-    return _train(recipe, run, as_json=arguments.json)
+    if arguments.minutes is not None:
+        if not arguments.minutes > 0:
+            raise UserError(f"--minutes {arguments.minutes:g}: give more than 0")
+        if recipe.schedule.kind != "wsd":
+            raise UserError(
+                "--minutes is for schedule.kind 'wsd': a cosine's length must be known from the start"
+            )
+    return _train(recipe, run, as_json=arguments.json, minutes=arguments.minutes)
 
 
 def decay(arguments: argparse.Namespace) -> int:
@@ -226,15 +233,26 @@ def _decay_branch(run: Run, recipe: Recipe) -> Branch:
         number += 1
 
 
-def _train(recipe: Recipe, run: Run, *, as_json: bool, branch: Branch | None = None, at: int = 0) -> int:
+def _train(
+    recipe: Recipe,
+    run: Run,
+    *,
+    as_json: bool,
+    branch: Branch | None = None,
+    at: int = 0,
+    minutes: float | None = None,
+) -> int:
     from minicpm_training.session import Watcher, train_branch, train_run
+    from minicpm_training.time_budget import train_within
 
     with stop_on_signals() as should_stop, Progress() as progress:
         watcher = Watcher(progress=progress, should_stop=should_stop)
-        if branch is None:
-            finished = train_run(recipe, run, watcher)
-        else:
+        if branch is not None:
             finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
+        elif minutes is not None:
+            finished = train_within(recipe, run, watcher, seconds=minutes * 60)
+        else:
+            finished = train_run(recipe, run, watcher)
     if as_json:
         print(json.dumps(_describe(run), indent=2))
     else:
