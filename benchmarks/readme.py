@@ -20,6 +20,7 @@ PACKAGES = (
 )
 OTHERS = (
     ("tests/", "by part, and end_to_end/"),
+    ("examples/", "a model inside a Python app"),
     ("docs/", "cli.md (generated), reports/ (measured studies), log.md (what failed)"),
     ("benchmarks/gpu.sh", "every GPU check and benchmark in one command"),
     ("benchmarks/readme.py", "fills this page's tables and tree"),

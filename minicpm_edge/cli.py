@@ -30,6 +30,7 @@ ORDER = (
     "doctor",
 )
 EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
+OUT_OF_MEMORY = "error: out of memory; a smaller model, batch or context needs less"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +85,40 @@ def main(argv: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except MemoryError:
-        print("error: out of memory; a smaller model, batch or context needs less", file=sys.stderr)
+        print(OUT_OF_MEMORY, file=sys.stderr)
         return EXIT_ERROR
     except ImportError as error:
         if arguments.debug:
             raise
         print(f"error: {_missing_package(error)}", file=sys.stderr)
         return EXIT_ERROR
+    except RuntimeError as error:  # torch has no common class for this: CPU and CUDA differ
+        if arguments.debug or not _is_out_of_memory(error):
+            return _unexpected(error, arguments.debug)
+        print(OUT_OF_MEMORY, file=sys.stderr)
+        return EXIT_ERROR
     except OSError as error:  # a full disk, a folder that cannot be written: not a bug of ours
         if arguments.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except Exception as error:  # noqa: BLE001  the last resort: a user sees one line, we see all with --debug
+        return _unexpected(error, arguments.debug)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+
+
+def _unexpected(error: Exception, debug: bool) -> int:
+    if debug:
+        raise error
+    text = (str(error).splitlines() or [""])[0]
+    print(
+        f"error: unexpected {type(error).__name__}: {text} (a bug of ours; --debug shows where)",
+        file=sys.stderr,
+    )
+    return EXIT_ERROR
 
 
 def _missing_package(error: ImportError) -> str:

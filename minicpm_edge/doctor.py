@@ -18,7 +18,7 @@ from minicpm_edge.errors import UserError
 # distribution → (import name, what it serves, extra that brings it)
 PACKAGES = {
     "torch": ("torch", "training, export", "train"),
-    "triton": ("triton", "kernels on a GPU", "train"),
+    "triton": ("triton", "kernels on a GPU; comes with a CUDA build of torch", "dev"),
     "pyarrow": ("pyarrow", "reading parquet", "train"),
     "llama-cpp-python": ("llama_cpp", "GGUF: quantise, run, serve", "serve"),
     "onnxruntime": ("onnxruntime", "ONNX: run", "export"),
@@ -45,9 +45,11 @@ def examine() -> dict[str, Any]:
 
 def _package(name: str) -> dict[str, str | None]:
     module, purpose, extra = PACKAGES[name]
-    found = importlib.util.find_spec(module) is not None
-    version = importlib.metadata.version(name) if found else None
-    return {"version": version, "for": purpose, "extra": extra}
+    if importlib.util.find_spec(module) is None:
+        return {"version": None, "for": purpose, "extra": extra}
+    # A module may come from another distribution, as onnxruntime does from onnxruntime-gpu.
+    owners = importlib.metadata.packages_distributions().get(module, [name])
+    return {"version": importlib.metadata.version(owners[0]), "for": purpose, "extra": extra}
 
 
 def _device() -> str:

@@ -19,7 +19,7 @@ ONNX_FILES = ("onnx/model.onnx", "model.onnx", "onnx/model_quantized.onnx", "mod
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = "a run, a checkpoint, a Hugging Face folder, a .gguf file or an ONNX folder"
-_CHECKPOINT = re.compile(r"step-\d{8,}")
+_CHECKPOINT = re.compile(r"step-\d{8,15}")
 _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 

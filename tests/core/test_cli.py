@@ -4,6 +4,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from minicpm_edge import cli
 from minicpm_edge.errors import UserError
 
@@ -60,3 +62,19 @@ def test_a_full_disk_is_one_line(monkeypatch, capsys):
     fake_command(monkeypatch, OSError(28, "No space left on device", "runs/x"))
     assert cli.main(["fail"]) == 1
     assert "No space left on device" in capsys.readouterr().err
+
+
+def test_torch_out_of_memory_is_one_line(monkeypatch, capsys):
+    fake_command(
+        monkeypatch, RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried")
+    )
+    assert cli.main(["fail"]) == 1
+    assert capsys.readouterr().err == "error: out of memory; a smaller model, batch or context needs less\n"
+
+
+def test_a_bug_of_ours_is_one_line_too_and_a_traceback_with_debug(monkeypatch, capsys):
+    fake_command(monkeypatch, KeyError("x"))
+    assert cli.main(["fail"]) == 1
+    assert "a bug of ours" in capsys.readouterr().err
+    with pytest.raises(KeyError):
+        cli.main(["fail", "--debug"])

@@ -190,3 +190,37 @@ def test_an_interrupt_saves_a_checkpoint_and_exits_130(make_recipe, tmp_path, nu
     assert "go on: minicpm-edge train --resume" in output
     (step,) = run.trunk.steps()
     assert run.trunk.metrics()[-1]["step"] == step >= 3
+
+
+def test_a_longer_recipe_file_resumes_and_keeps_the_warm_up(make_recipe, tmp_path, capsys):
+    text = to_toml(make_recipe("schedule.stable_tokens=2560"))
+    lines = [line for line in text.splitlines() if not line.startswith("warmup_tokens")]
+    recipe = tmp_path / "r.toml"
+    recipe.write_text("\n".join(lines), encoding="utf-8")
+    assert main(["train", str(recipe), "--out", str(tmp_path / "run")]) == 0
+    recipe.write_text(
+        "\n".join(lines).replace("stable_tokens = 2560", "stable_tokens = 51200"), encoding="utf-8"
+    )
+    assert main(["train", str(recipe), "--resume", str(tmp_path / "run"), "--minutes", "0.05"]) == 0
+    assert main(["runs", str(tmp_path)]) == 0
+    assert "run" in capsys.readouterr().out
+
+
+def test_a_longer_cosine_is_refused(make_recipe, tmp_path, capsys):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(
+        to_toml(make_recipe("schedule.kind=cosine", "schedule.stable_tokens=640")), encoding="utf-8"
+    )
+    run = str(tmp_path / "run")
+    assert main(["train", str(recipe), "--out", run]) == 0
+    assert main(["train", "--resume", run, "--set", "schedule.stable_tokens=1280"]) == 1
+    assert "schedule.stable_tokens was 640" in capsys.readouterr().err
+
+
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(make_recipe, train, tmp_path, capsys):
+    train(make_recipe("schedule.stable_tokens=640"), tmp_path / "runs" / "good")
+    (tmp_path / "runs" / "bad").mkdir()
+    (tmp_path / "runs" / "bad" / "recipe.toml").write_text("colour = 1\n", encoding="utf-8")
+    assert main(["runs", str(tmp_path / "runs")]) == 0
+    shown = capsys.readouterr()
+    assert "good" in shown.out and "left out" in shown.err and "colour" in shown.err

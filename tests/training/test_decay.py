@@ -82,3 +82,15 @@ def test_what_cannot_branch_is_refused(make_recipe):
         decay_recipe(recipe, 10, 256, None, ["schedule.peak_lr=0.02"])
     with pytest.raises(UserError, match="cosine run has no stable stage"):
         decay_recipe(make_recipe("schedule.kind=cosine"), 10, 256, None, [])
+
+
+def test_another_decay_of_the_same_tip_is_a_branch_of_its_own(make_recipe, train, tmp_path):
+    run = train(make_recipe("schedule.decay_tokens=256"), tmp_path / "run")
+    [first] = run.decays()
+    released = (first.checkpoint(22) / "model.safetensors").read_bytes()
+    train(make_recipe("schedule.decay_tokens=1024"), tmp_path / "run")
+    assert [branch.folder.name for branch in run.decays()] == ["step-00000020", "step-00000020-2"]
+    assert (first.checkpoint(22) / "model.safetensors").read_bytes() == released
+    # What touches no number goes on in the same branch.
+    train(make_recipe("schedule.decay_tokens=1024", "log.every=5"), tmp_path / "run")
+    assert len(run.decays()) == 2

@@ -4,44 +4,31 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 import tomllib
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from minicpm_edge.cli import EXIT_INTERRUPTED
 from minicpm_edge.errors import UserError
 from minicpm_edge.progress import Progress
 from minicpm_training.interrupts import stop_on_signals
 from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_file import load_recipe, to_toml
+from minicpm_training.recipe_changes import refuse_another_run
+from minicpm_training.recipe_file import load_recipe, saved_recipe, to_toml
 from minicpm_training.run import Branch, Run, find_runs, new_run_folder, open_run
 
-# What may change when a run goes on: its length, its decay, and everything that does not touch the numbers.
-# Precision, device and compile change rounding only.
-RESUMABLE = (
-    "name",
-    "micro_batch_tokens",
-    "precision",
-    "compile",
-    "device",
-    "data.tokenizer",  # the folder may move; prepared sets know the tokenizer by its hash
-    "data.decay",
-    "data.valid",
-    "schedule.stable_tokens",
-    "schedule.decay_tokens",
-    "schedule.form",
-    "schedule.floor",
-    "schedule.half_life_tokens",
-    "checkpoint",
-    "evaluation",
-    "sample",
-    "log",
-)
+if TYPE_CHECKING:
+    from minicpm_training.session import Watcher
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Start a run, or with ``--resume`` go on with one."""
+    from minicpm_training.session import train_run
+    from minicpm_training.time_budget import train_within
+
     if arguments.nproc != 1:
         raise UserError("--nproc: only one process is supported as yet; give 1")
     if arguments.dry_run:
@@ -54,11 +41,18 @@ def train(arguments: argparse.Namespace) -> int:
             raise UserError(
                 "--minutes is for schedule.kind 'wsd': a cosine's length must be known from the start"
             )
-    return _train(recipe, run, as_json=arguments.json, minutes=arguments.minutes)
+    with _watcher() as watcher:
+        if arguments.minutes is not None:
+            finished = train_within(recipe, run, watcher, seconds=arguments.minutes * 60)
+        else:
+            finished = train_run(recipe, run, watcher)
+    return _ended(run, finished, go_on=["train", "--resume", str(run.folder)], as_json=arguments.json)
 
 
 def decay(arguments: argparse.Namespace) -> int:
     """Branch a decay off one of a run's trunk checkpoints, or go on with the same one."""
+    from minicpm_training.session import decay_branch, train_branch
+
     run = open_run(arguments.run)
     steps = run.trunk.steps()
     if not steps:
@@ -66,9 +60,20 @@ def decay(arguments: argparse.Namespace) -> int:
     at = steps[-1] if arguments.at is None else arguments.at
     if at not in steps:
         kept = ", ".join(str(step) for step in steps[-8:])
-        raise UserError(f"{run.folder} keeps no trunk checkpoint of step {at}; there are: {kept}")
-    recipe = decay_recipe(_saved_recipe(run.trunk), at, arguments.tokens, arguments.data, arguments.settings)
-    return _train(recipe, run, as_json=arguments.json, branch=_decay_branch(run, recipe), at=at)
+        raise UserError(
+            f"{run.folder} keeps no trunk checkpoint of step {at}; there are: {kept} "
+            "(checkpoint.keep and checkpoint.keep_every say which are kept)"
+        )
+    recipe = decay_recipe(
+        saved_recipe(run.trunk.recipe_path), at, arguments.tokens, arguments.data, arguments.settings
+    )
+    settings = [word for setting in arguments.settings for word in ("--set", setting)]
+    data = ["--data", arguments.data] if arguments.data else []
+    go_on = ["decay", str(run.folder), "--at", str(at), "--tokens", str(arguments.tokens), *data, *settings]
+    with _watcher() as watcher:
+        branch = decay_branch(run, recipe)
+        finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
+    return _ended(run, finished, go_on=go_on, as_json=arguments.json)
 
 
 def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings: Sequence[str]) -> Recipe:
@@ -86,7 +91,7 @@ def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings
         entries["data"]["decay"] = [source.model_dump() for source in _decay_sources(data)]
     entries["schedule"] |= {"stable_tokens": at * trunk.batch_tokens, "decay_tokens": tokens}
     recipe = load_recipe(entries, settings)
-    _refuse_changes(trunk, recipe, "this decay")
+    refuse_another_run(trunk, recipe, "this decay")
     if recipe.trunk_steps != at or recipe.total_steps == at:
         raise UserError("--set schedule.stable_tokens and decay_tokens: give --at and --tokens instead")
     return recipe
@@ -94,7 +99,12 @@ def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings
 
 def list_runs(arguments: argparse.Namespace) -> int:
     """Print the runs under a folder, the newest first."""
-    entries = [_describe(run) for run in reversed(find_runs(arguments.root))]
+    entries = []
+    for run in reversed(find_runs(arguments.root)):
+        try:
+            entries.append(_describe(run))
+        except UserError as error:  # of another version, or damaged: the others are listed all the same
+            print(f"left out {run.folder}: {error}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(entries, indent=2))
     elif not entries:
@@ -139,7 +149,9 @@ def evaluate(arguments: argparse.Namespace) -> int:
     if length is None:  # a run may have been trained on shorter rows than its model has positions
         run = Run(folder=located.run) if located.run else None
         length = (
-            _saved_recipe(run.trunk).data.sequence_length if run else model.config.max_position_embeddings
+            saved_recipe(run.trunk.recipe_path).data.sequence_length
+            if run
+            else model.config.max_position_embeddings
         )
     results = {}
     for folder in arguments.data:
@@ -187,80 +199,36 @@ def _started(arguments: argparse.Namespace) -> tuple[Recipe, Run]:
 def _resumed(arguments: argparse.Namespace) -> tuple[Recipe, Run]:
     named = arguments.resume or (str(arguments.out) if arguments.out else None)
     run = open_run(named)
-    saved = _saved_recipe(run.trunk)
+    saved = saved_recipe(run.trunk.recipe_path)
     entries: str | dict[str, Any] = arguments.recipe or tomllib.loads(to_toml(saved))
-    recipe = load_recipe(entries, arguments.settings)
+    # A warm-up that the recipe leaves open is the one already run, not 1 % of a new length.
+    recipe = load_recipe(entries, arguments.settings, warmup_tokens=saved.schedule.warmup_tokens)
     if run.trunk.steps():
-        _refuse_changes(saved, recipe, f"the run {run.folder}")
+        refuse_another_run(saved, recipe, f"the run {run.folder}")
     return recipe, run
-
-
-def _saved_recipe(branch: Branch) -> Recipe:
-    return load_recipe(str(branch.recipe_path))
-
-
-def _refuse_changes(saved: Recipe, asked: Recipe, what: str) -> None:
-    before, after = (_flatten(recipe) for recipe in (saved, asked))
-    for key, value in after.items():
-        if before[key] != value and not any(key == name or key.startswith(f"{name}.") for name in RESUMABLE):
-            raise UserError(
-                f"{key} was {before[key]!r} when {what} was trained and cannot become {value!r}: start a new run"
-            )
-
-
-def _flatten(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in recipe.model_dump().items():
-        nested = isinstance(value, dict)
-        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if nested else {key: value}
-    # Sets are known by their folders' names, which seed the order of their rows: a folder may move.
-    flat["data.stable"] = [(Path(source.path).name, source.weight) for source in recipe.data.stable]
-    return flat
 
 
 def _decay_sources(recipe: str) -> Sequence[Any]:
     return load_recipe(recipe).data.decay_or_stable
 
 
-def _decay_branch(run: Run, recipe: Recipe) -> Branch:
-    """The decay of this very recipe, else a new label."""
-    base = run.trunk.checkpoint(recipe.trunk_steps).name
-    number = 1
-    while True:
-        branch = run.decay(base if number == 1 else f"{base}-{number}")
-        if not branch.recipe_path.is_file() or _saved_recipe(branch) == recipe:
-            return branch
-        number += 1
-
-
-def _train(
-    recipe: Recipe,
-    run: Run,
-    *,
-    as_json: bool,
-    branch: Branch | None = None,
-    at: int = 0,
-    minutes: float | None = None,
-) -> int:
-    from minicpm_training.session import Watcher, train_branch, train_run
-    from minicpm_training.time_budget import train_within
+@contextmanager
+def _watcher() -> Iterator[Watcher]:
+    from minicpm_training.session import Watcher
 
     with stop_on_signals() as should_stop, Progress() as progress:
-        watcher = Watcher(progress=progress, should_stop=should_stop)
-        if branch is not None:
-            finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
-        elif minutes is not None:
-            finished = train_within(recipe, run, watcher, seconds=minutes * 60)
-        else:
-            finished = train_run(recipe, run, watcher)
+        yield Watcher(progress=progress, should_stop=should_stop)
+
+
+def _ended(run: Run, finished: bool, *, go_on: Sequence[str], as_json: bool) -> int:
     if as_json:
         print(json.dumps(_describe(run), indent=2))
     else:
-        _print_result(run, finished)
+        _print_result(run, finished, go_on)
     return 0 if finished else EXIT_INTERRUPTED
 
 
-def _print_result(run: Run, finished: bool) -> None:
+def _print_result(run: Run, finished: bool, go_on: Sequence[str]) -> None:
     entry = _describe(run)
     print(f"run      {run.folder}")
     print(f"trunk    step {entry['step']}, loss {_loss(entry)}")
@@ -269,11 +237,11 @@ def _print_result(run: Run, finished: bool) -> None:
     if finished:
         print(f"curve    {run.folder / 'loss.png'}")
     else:
-        print(f"stopped with a checkpoint saved; go on: minicpm-edge train --resume {run.folder}")
+        print(f"stopped with a checkpoint saved; go on: minicpm-edge {shlex.join(go_on)}")
 
 
 def _describe(run: Run) -> dict[str, Any]:
-    recipe = _saved_recipe(run.trunk)
+    recipe = saved_recipe(run.trunk.recipe_path)
     config = recipe.model
     return {
         "name": run.name,

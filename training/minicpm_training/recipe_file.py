@@ -21,11 +21,13 @@ from minicpm_edge.errors import UserError
 from minicpm_training.recipe import Recipe
 
 
-def load_recipe(source: str | Mapping[str, Any] | None, settings: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | Mapping[str, Any] | None, settings: Sequence[str] = (), *, warmup_tokens: int | None = None
+) -> Recipe:
     """The recipe of a TOML file, of a shipped name or of parsed entries, with ``--set`` applied.
 
-    ``source`` None starts from the defaults alone. Raises :class:`UserError` for a file that is missing or is not
-    TOML, for an unknown key and for a value out of range.
+    ``source`` None starts from the defaults alone; ``warmup_tokens`` serves where the recipe names none. Raises
+    :class:`UserError` for a file that is missing or is not TOML, for an unknown key and for a value out of range.
     """
     origin = source if isinstance(source, str) else "recipe"
     entries = _read(source) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
@@ -33,7 +35,14 @@ def load_recipe(source: str | Mapping[str, Any] | None, settings: Sequence[str] 
         entries.setdefault("name", _default_name(source))
     for setting in settings:
         _apply(entries, setting)
+    if warmup_tokens is not None and isinstance(schedule := entries.get("schedule"), dict):
+        schedule.setdefault("warmup_tokens", warmup_tokens)
     return parse_recipe(entries, origin=origin)
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """The resolved recipe in a run's or a decay's folder."""
+    return load_recipe(str(path))
 
 
 def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from minicpm_edge import locate
 from minicpm_edge.atomic import write_text
 from minicpm_edge.errors import UserError
 
@@ -116,10 +117,7 @@ class Run:
 
 def find_runs(root: Path) -> list[Run]:
     """Runs under ``root``, the one written to last at the end."""
-    if not root.is_dir():
-        return []
-    found = [Run(folder=path) for path in root.iterdir() if (path / "recipe.toml").is_file()]
-    return sorted(found, key=lambda run: (_last_written(run), run.name))
+    return [Run(folder=path) for path in reversed(locate.find_runs(root))]
 
 
 def open_run(name: str | None, *, root: Path = Path("runs")) -> Run:
@@ -142,11 +140,6 @@ def new_run_folder(name: str, *, root: Path = Path("runs")) -> Path:
         number += 1
         folder = root / f"{name}-{number}"
     return folder
-
-
-def _last_written(run: Run) -> float:
-    files = [run.trunk.recipe_path, *(branch.metrics_path for branch in (run.trunk, *run.decays()))]
-    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -33,7 +33,8 @@ from minicpm_training.objectives import pretraining
 from minicpm_training.optimizer import build_optimizer
 from minicpm_training.plot import plot_run
 from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_file import to_toml
+from minicpm_training.recipe_changes import same_model
+from minicpm_training.recipe_file import saved_recipe, to_toml
 from minicpm_training.run import Branch, Run
 from minicpm_training.sampling import complete
 from minicpm_training.state import (
@@ -61,7 +62,18 @@ def train_run(recipe: Recipe, run: Run, watcher: Watcher) -> bool:
     if not recipe.schedule.decay_tokens:
         return True
     tip = run.trunk.checkpoint(recipe.trunk_steps)
-    return train_branch(recipe, run, run.decay(tip.name), tip, watcher)
+    return train_branch(recipe, run, decay_branch(run, recipe), tip, watcher)
+
+
+def decay_branch(run: Run, recipe: Recipe) -> Branch:
+    """The decay of this very recipe, to go on with; else a new one, so that no release is trained over."""
+    base = run.trunk.checkpoint(recipe.trunk_steps).name
+    number = 1
+    while True:
+        branch = run.decay(base if number == 1 else f"{base}-{number}")
+        if not branch.recipe_path.is_file() or same_model(saved_recipe(branch.recipe_path), recipe):
+            return branch
+        number += 1
 
 
 def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, watcher: Watcher) -> bool:

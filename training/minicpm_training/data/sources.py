@@ -79,9 +79,7 @@ def _find_source(name: str) -> Source:
         return Source(name=name, dataset=name.removeprefix(DATASET_PREFIX))
     path = Path(name).expanduser()
     if path.is_dir():
-        files = [
-            Path(folder) / file for folder, _, names in os.walk(path) for file in names if file[0] != "."
-        ]
+        files = list(_visible_files(path))
         known = sorted(file for file in files if _suffix(file))
         if not known:
             raise UserError(f"the folder {name} holds no {', '.join(SUFFIXES)} file")
@@ -97,6 +95,13 @@ def _find_source(name: str) -> Source:
             raise UserError(f"{name} matches no {', '.join(SUFFIXES)} file")
         return Source(name=name, files=tuple(known), num_ignored=len(found) - len(known))
     raise UserError(f"{name} does not exist (a dataset by its name is written {DATASET_PREFIX}NAME)")
+
+
+def _visible_files(root: Path) -> Iterator[Path]:
+    """Files under ``root``, without what begins with a dot: ``.git``, ``.venv`` and their like are no corpus."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name[0] != ".")
+        yield from (Path(folder) / name for name in names if name[0] != ".")
 
 
 def _suffix(path: Path) -> str | None:

@@ -20,6 +20,7 @@ from typing import Any
 from minicpm_edge import cli
 from minicpm_edge.atomic import atomic_folder, write_text
 from minicpm_edge.errors import UserError
+from minicpm_edge.locate import locate
 
 VOCAB_SIZE = 4096
 QUANTS = ("Q4_K_M", "Q4_0", "Q8_0")  # the first that the model's rows allow
@@ -211,9 +212,10 @@ def _train(where: Layout, seconds: float) -> None:
 
 
 def _export(where: Layout) -> Path:
+    trained = (locate(str(where.run)).path / "state.json").stat().st_mtime
     for quant in QUANTS:
         path = where.out / f"quickstart-{quant}.gguf"
-        if path.exists():
+        if path.exists() and path.stat().st_mtime > trained:  # older: the run has gone on since
             print(f"— export: done before, {path}", flush=True)
             return path
     print("— export", flush=True)
@@ -287,20 +289,22 @@ def _report(where: Layout, model: Path, answers: list[dict[str, str]], *, second
     print(
         "\nA model this small, trained for minutes, speaks the language of the docs and knows little. Next:"
     )
-    print(f"  minicpm-edge chat {model}")
-    print(f"  minicpm-edge serve {model}")
-    print(f"  minicpm-edge train --resume {where.run} --set schedule.stable_tokens=…    # the trunk goes on")
+    file, run = shlex.quote(str(model)), shlex.quote(str(where.run))
+    print(f"  minicpm-edge chat {file}")
+    print(f"  minicpm-edge serve {file}")
+    print(f"  minicpm-edge train --resume {run} --set schedule.stable_tokens=…    # the trunk goes on")
 
 
 def _held_out_bits(where: Layout) -> tuple[float, float]:
-    """Bits per byte of the held-out docs at the tip of the trunk and at the end of the newest decay."""
-    from minicpm_training.run import open_run
+    """Bits per byte of the held-out docs where the exported decay branched off the trunk, and at its end."""
+    from minicpm_training.run import Branch, open_run
 
-    run = open_run(str(where.run))
-    decays = run.decays()
-    if not decays:
+    branch = Branch(folder=locate(str(where.run)).path.parent.parent)
+    if branch.folder.parent.name != "decays":
         raise UserError(f"{where.run} has no decay; remove {where.out} and run the quickstart again")
-    return _last_bits(run.trunk.metrics()), _last_bits(decays[-1].metrics())
+    after = branch.metrics()
+    trunk = open_run(str(where.run)).trunk.metrics()
+    return _last_bits([line for line in trunk if line["step"] < after[0]["step"]]), _last_bits(after)
 
 
 def _last_bits(metrics: list[dict[str, Any]]) -> float:
