@@ -9,7 +9,6 @@ reported.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import random
 from collections.abc import Callable, Iterator
@@ -19,7 +18,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from common import GateError, Row, gate, report, require_cuda, time_ms
+from common import GateError, Row, gate, run_benchmark, time_ms
 from minicpm_kernels import attention
 from minicpm_kernels.attention_reference import attention_reference
 from torch import Tensor
@@ -282,24 +281,5 @@ def tune() -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tune", action="store_true", help="time other tiles of our kernels instead of peers"
-    )
-    arguments = parser.parse_args()
-    require_cuda()
-    for shape in SHAPES:
-        check(shape)
-    if arguments.tune:
-        report("attention_tune", tune())
-        return
-    rows: list[Row] = []
-    for shape in SHAPES:
-        for name, peer in peers(shape).items():
-            rows += time_peer(shape, name, peer)
-    report("attention", rows, gate="passed")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("attention", SHAPES, check=check, peers=peers, time_peer=time_peer, tune=tune)

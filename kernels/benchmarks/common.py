@@ -6,12 +6,13 @@ writes `results/NAME.json` with date, hardware and versions. README tables are m
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -173,6 +174,36 @@ def report(name: str, rows: Sequence[Row], **extra: Any) -> Path:
         memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB"
         print(f"{row.op:32} {row.shape:36} {row.peer:24} {time:>12} {rate:>16} {memory:>12} {row.note}")
     return write_json(name, {"rows": [asdict(row) for row in rows], **extra})
+
+
+def run_benchmark(
+    name: str,
+    shapes: Sequence[Any],
+    *,
+    check: Callable[[Any], None],
+    peers: Callable[[Any], Mapping[str, Any]],
+    time_peer: Callable[[Any, str, Any], list[Row]],
+    tune: Callable[[], list[Row]],
+) -> None:
+    """A benchmark's command line: check every shape, then time its peers, or with --tune our own other tiles."""
+    parser = argparse.ArgumentParser(description=f"time {name} beside its peers")
+    parser.add_argument(
+        "--tune", action="store_true", help="time other tiles of our kernels instead of peers"
+    )
+    arguments = parser.parse_args()
+    require_cuda()
+    for shape in shapes:
+        check(shape)
+    if arguments.tune:
+        report(f"{name}_tune", tune())
+        return
+    rows = [
+        row
+        for shape in shapes
+        for label, peer in peers(shape).items()
+        for row in time_peer(shape, label, peer)
+    ]
+    report(name, rows, gate="passed")
 
 
 def write_json(name: str, content: dict[str, Any]) -> Path:

@@ -8,7 +8,6 @@ as exact as those of torch's grouped_mm, and two calls bit-equal; otherwise noth
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common import GateError, Row, gate, peak_memory_mib, report, require_cuda, time_ms
+from common import GateError, Row, gate, peak_memory_mib, run_benchmark, time_ms
 from minicpm_kernels import moe_experts, moe_layer
 from torch import Tensor
 from torch.nn import functional as F
@@ -231,24 +230,5 @@ def tune() -> list[Row]:
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tune", action="store_true", help="time other tiles of our kernels instead of peers"
-    )
-    arguments = parser.parse_args()
-    require_cuda()
-    for shape in SHAPES:
-        check(shape)
-    if arguments.tune:
-        report("moe_tune", tune())
-        return
-    rows: list[Row] = []
-    for shape in SHAPES:
-        for name, layer in peers(shape).items():
-            rows += time_peer(shape, name, layer)
-    report("moe", rows, gate="passed")
-
-
 if __name__ == "__main__":
-    main()
+    run_benchmark("moe", SHAPES, check=check, peers=peers, time_peer=time_peer, tune=tune)

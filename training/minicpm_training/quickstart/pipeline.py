@@ -124,6 +124,7 @@ def _command(*words: str | Path) -> None:
     print(f"  $ minicpm-edge {shlex.join(argv)}", flush=True)
     code = cli.main(argv)
     if code == cli.EXIT_INTERRUPTED:
+        print("the quickstart goes on from here when the same command is typed again", flush=True)
         raise KeyboardInterrupt
     if code:
         raise UserError(
