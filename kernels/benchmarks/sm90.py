@@ -33,6 +33,16 @@ are per thread, shared memory in bytes per block; blocks are those that fit one 
 their share of its 64 warps. HGMMA are Hopper's tensor-core instructions, HMMA the older, slower ones; TMA is the bulk
 copy engine. Counts are of instructions in the program, not of executions.
 
+The last three columns are of the main loop: the cycles for which one warp keeps each unit of its partition busy in one
+turn, if it never waits (rates and their sources: `minicpm_kernels/_sass.py`). The largest is a bound from below. A
+kernel for which it is `tensor` can come close to the tensor cores' rate; by how much another exceeds it, that much is
+lost. Where a loop also stores its results (`moe_rows`), `issue` counts that as if it were done every turn.
+
+What the table says: nothing spills. Attention's forward at head dim 64 asks as much of the exponentials and the issue
+slots as of the tensor cores, so that only overlap makes it fast; its backward, attention at head dim 128 and all the
+experts' products are bound by the tensor cores. Kernels with one block a multiprocessor hide latency by their copies in
+flight, not by other blocks.
+
 """
 COLUMNS = (
     "kernel",
@@ -47,6 +57,9 @@ COLUMNS = (
     "TMA loads",
     "TMA stores",
     "spills",
+    "tensor",
+    "special",
+    "issue",
 )
 
 
@@ -72,6 +85,7 @@ def cells(name: str, used: Resources) -> tuple[str | int, ...]:
         used.tma_loads,
         used.tma_stores,
         used.spill_loads + used.spill_stores,
+        *((used.loop.tensor, used.loop.special, used.loop.issue) if used.loop else ("", "", "")),
     )
 
 

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from minicpm_kernels._sass import LoopLoad, main_loop
+
 SHARED_MEMORY_LIMIT = 232_448  # bytes one block may use on sm_90
 REGISTER_FILE = 65_536  # 32-bit registers of one multiprocessor
 _SHARED_MEMORY_OF_MULTIPROCESSOR = 233_472
 _RESERVED_SHARED_MEMORY = 1_024  # taken by the system from every block
+_MOST_CYCLES_FOR_A_TENSOR_CYCLE = 1.25  # what the main loop of a product may ask of any other unit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +43,10 @@ class Sm90Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What one compiled kernel uses: registers and stack of a thread, a block's size, instruction counts."""
+    """What one compiled kernel uses: registers and stack of a thread, a block's size, instruction counts.
+
+    ``loop`` is of the main loop; a kernel without HGMMA has none.
+    """
 
     registers: int
     stack: int
@@ -52,6 +58,7 @@ class Resources:
     tma_stores: int
     spill_loads: int
     spill_stores: int
+    loop: LoopLoad | None
 
     @property
     def blocks_per_multiprocessor(self) -> int:
@@ -85,6 +92,13 @@ class Resources:
             )
         if needs_tensor_cores and not self.hgmma:
             problems.append("has no HGMMA instruction")
+        if needs_tensor_cores and self.loop:
+            for unit in ("special", "issue"):
+                cycles = getattr(self.loop, unit)
+                if cycles > _MOST_CYCLES_FOR_A_TENSOR_CYCLE * self.loop.tensor:
+                    problems.append(
+                        f"its main loop takes {cycles} {unit} cycles for {self.loop.tensor} of tensor cores"
+                    )
         return problems
 
 
@@ -136,6 +150,7 @@ def resources(compiled: Any) -> Resources:
         tma_stores=count("UTMASTG") + count("UTMAREDG"),
         spill_loads=count("LDL"),
         spill_stores=count("STL"),
+        loop=main_loop(sass),
     )
 
 

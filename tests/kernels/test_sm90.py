@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from minicpm_kernels._compile import Resources
+from minicpm_kernels._sass import LoopLoad, main_loop
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 IDLE = {
@@ -24,7 +25,25 @@ IDLE = {
     "tma_stores": 0,
     "spill_loads": 0,
     "spill_stores": 0,
+    "loop": None,
 }
+# Two nested loops, of which the inner one multiplies; a wait in it spins out of line, as ptxas lays it out.
+SASS = """
+    /*0000*/                   MOV R1, c[0x0][0x28] ;      /* 0x00000a0000017a02 */
+    /*0010*/                   MUFU.RCP R0, R0 ;           /* 0x0000000000007308 */
+    /*0020*/                   SYNCS.PHASECHK P0, [R2] ;   /* 0x0000000000000000 */
+    /*0030*/              @!P0 BRA 0x00b0 ;                /* 0x0000000000000000 */
+    /*0040*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24 ; /* 0x0 */
+    /*0050*/                   HGMMA.64x64x16.F32.BF16 R88, R4, gdesc[UR4], R88, gsb0 ; /* 0x0 */
+    /*0060*/                   MUFU.EX2 R5, R5 ;           /* 0x0000000000000000 */
+    /*0070*/               @P1 BRA 0x0020 ;                /* 0x0000000000000000 */
+    /*0080*/                   FADD R5, R5, 1 ;            /* 0x0000000000000000 */
+    /*0090*/               @P2 BRA 0x0010 ;                /* 0x0000000000000000 */
+    /*00a0*/                   EXIT ;                      /* 0x0000000000000000 */
+    /*00b0*/                   SYNCS.PHASECHK P0, [R2] ;   /* 0x0000000000000000 */
+    /*00c0*/              @!P0 BRA 0x00b0 ;                /* 0x0000000000000000 */
+    /*00d0*/                   BRA 0x0040 ;                /* 0x0000000000000000 */
+"""
 
 
 def compiler(*arguments):
@@ -63,6 +82,10 @@ def test_row_addresses_of_contiguous_tensors_are_64_bit():
         ({"shared_memory": 232_449}, "uses 232449 bytes of shared memory, above 232448"),
         ({"registers": 129, "threads": 512}, "uses 129 registers x 512 threads, above 65536"),
         ({"hgmma": 0}, "has no HGMMA instruction"),
+        (
+            {"loop": LoopLoad(tensor=512, special=100, issue=641)},
+            "its main loop takes 641 issue cycles for 512 of tensor cores",
+        ),
     ],
     ids=str,
 )
@@ -86,3 +109,11 @@ def test_occupancy(used, blocks, occupancy):
     resources = Resources(**IDLE | used)
     assert resources.blocks_per_multiprocessor == blocks
     assert resources.occupancy == occupancy
+
+
+def test_main_loop_is_the_inner_one_with_the_wait_it_holds():
+    assert main_loop(SASS) == LoopLoad(tensor=64 + 32, special=8, issue=9)
+
+
+def test_no_main_loop_without_products():
+    assert main_loop(SASS.replace("HGMMA", "FFMA")) is None
