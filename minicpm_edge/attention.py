@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from minicpm_kernels import attention, attention_decode, choose_backend, rope
+from minicpm_kernels import attention, attention_decode, decode_kernel_serves, rope
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -80,9 +80,9 @@ class Attention(nn.Module):
         num_tokens = x_ND.shape[0]
         heads, kv_heads, size = self.num_heads, self.num_kv_heads, self.head_dim
         qkv_NHC = self.qkv(x_ND).view(num_tokens, heads + 2 * kv_heads, size)
-        qk_NHC = rope(qkv_NHC[:, : heads + kv_heads], context.cos_NC2, context.sin_NC2)
-        q_NHC, k_NKC = qk_NHC[:, :heads], qk_NHC[:, heads:]
-        v_NKC = qkv_NHC[:, heads + kv_heads :]
+        # Split, not sliced: the gradients of slices would be padded with zeros and added up.
+        qk_NHC, v_NKC = qkv_NHC.split((heads + kv_heads, kv_heads), 1)
+        q_NHC, k_NKC = rope(qk_NHC, context.cos_NC2, context.sin_NC2).split((heads, kv_heads), 1)
         if context.cache is None:
             mixed_NHC = attention(q_NHC, k_NKC, v_NKC, context.cu_seqlens, max_seqlen=context.max_seqlen)
         else:
@@ -96,10 +96,10 @@ class Attention(nn.Module):
         q_BTHC, k_BTKC, v_BTKC = (x.unflatten(0, (batch, -1)) for x in (q_NHC, k_NKC, v_NKC))
         start, num_new = cache.length, q_BTHC.shape[1]
         k_BSKC, v_BSKC = cache.append(self.layer, k_BTKC, v_BTKC)
-        if num_new == 1 and choose_backend(q_NHC, "attention_decode").name == "triton":
+        keys_BSKC, values_BSKC = cache.keys_BSKC[self.layer], cache.values_BSKC[self.layer]
+        if num_new == 1 and keys_BSKC.dtype == q_NHC.dtype and decode_kernel_serves(q_BTHC[:, 0]):
             lengths_B = torch.full((batch,), start + 1, dtype=torch.int32, device=q_NHC.device)
-            keys, values = cache.keys_BSKC[self.layer], cache.values_BSKC[self.layer]
-            return attention_decode(q_BTHC[:, 0], keys, values, lengths_B)
+            return attention_decode(q_BTHC[:, 0], keys_BSKC, values_BSKC, lengths_B)
         # A new token sees the whole cache and the new tokens up to itself.
         visible_TS = torch.ones(num_new, start + num_new, dtype=torch.bool, device=q_NHC.device).tril(start)
         mixed_BHTC = F.scaled_dot_product_attention(

@@ -8,7 +8,7 @@ Triton only when a kernel first runs.
 # Imported here and not on first use: several ops bear their module's name, and only an import statement leaves the
 # function, whatever was imported first.
 from minicpm_kernels.attention import attention, attention_with_lse
-from minicpm_kernels.attention_decode import attention_decode
+from minicpm_kernels.attention_decode import attention_decode, decode_kernel_serves
 from minicpm_kernels.backend import Backend, choose_backend
 from minicpm_kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from minicpm_kernels.moe import MoeOutput, MoeRouting, moe_experts, moe_layer, moe_router
@@ -25,6 +25,7 @@ __all__ = [
     "attention_decode",
     "attention_with_lse",
     "choose_backend",
+    "decode_kernel_serves",
     "linear_cross_entropy",
     "moe_experts",
     "moe_layer",

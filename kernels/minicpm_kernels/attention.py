@@ -25,7 +25,14 @@ from minicpm_kernels.attention_reference import (
     attention_reference,
     attention_reference_backward,
 )
-from minicpm_kernels.backend import OVERRIDE_VARIABLE, Backend, choose_backend, interpreter_enabled
+from minicpm_kernels.backend import (
+    OVERRIDE_VARIABLE,
+    Backend,
+    autocasts,
+    choose_backend,
+    interpreter_enabled,
+    obstacle_to_large_tiles,
+)
 
 
 def attention(
@@ -42,16 +49,18 @@ def attention(
     """Attend causally within each document; returns (N, H, D) in the type of ``q_NHD``.
 
     Args:
-        q_NHD, k_NKD, v_NKD: float32, bfloat16 or float16, all of one type; any strides.
+        q_NHD, k_NKD, v_NKD: float32, bfloat16 or float16, all of one type; any strides. Under autocast they
+            are cast first, as by torch's own attention.
         cu_seqlens: int32 (number of documents + 1,): document i holds tokens ``cu_seqlens[i]`` up to
             ``cu_seqlens[i + 1]``. Starts with 0, ends with N, never falls; equal neighbours are an empty
             document.
         max_seqlen: length of the longest document or any bound on it. It guides the order of work only.
         scale: factor on the scores, positive; by default 1/sqrt(D). window: the number of latest keys, its
         own included, that a query sees; all of its document by default. deterministic: make the gradients
-        bit-equal from call to call (the output always is).
+        bit-equal from call to call (the output always is), as ``torch.use_deterministic_algorithms(True)`` does.
 
-    Raises ``ValueError`` on shapes, types or options that do not fit, naming the argument.
+    Raises ``ValueError`` on shapes, types or options that do not fit, naming the argument. Under ``torch.compile``
+    leave ``dynamic`` unset: the number of documents and ``max_seqlen`` change from batch to batch.
     """
     out_NHD, _ = attention_with_lse(
         q_NHD,
@@ -79,6 +88,9 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Like ``attention``, and also the natural log of each softmax's denominator: float32 (H, N), no
     gradient."""
+    if autocasts(q_NHD):
+        dtype = torch.get_autocast_dtype(q_NHD.device.type)
+        q_NHD, k_NKD, v_NKD = q_NHD.to(dtype), k_NKD.to(dtype), v_NKD.to(dtype)
     _check_inputs(q_NHD, k_NKD, v_NKD, cu_seqlens)
     if scale is None:
         scale = q_NHD.shape[-1] ** -0.5
@@ -167,8 +179,8 @@ def _obstacle_to_kernels(q_NHD: Tensor) -> str:
         capability = torch.cuda.get_device_capability(q_NHD.device)
         if capability < (8, 0):
             return f"the kernels need compute capability 8.0, the card has {capability[0]}.{capability[1]}"
-        if head_dim == 128 and capability in ((8, 6), (8, 9)):
-            return "head dim 128 needs more shared memory in backward than the card has"
+        if head_dim == 128:
+            return obstacle_to_large_tiles(q_NHD.device)
     return ""
 
 
@@ -186,9 +198,10 @@ def _attention_op(
     if attention_backend(q_NHD).name == "triton":
         from minicpm_kernels.attention_triton_fwd import attention_triton_forward
 
-        return attention_triton_forward(
-            q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
-        )
+        with torch.cuda.device_of(q_NHD):
+            return attention_triton_forward(
+                q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
+            )
     if q_NHD.device.type == "cpu":
         _check_bounds(cu_seqlens, q_NHD.shape[0])
         return attention_cpu_forward(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
@@ -228,16 +241,26 @@ def _attention_backward_op(
     if attention_backend(q_NHD).name == "triton":
         from minicpm_kernels.attention_triton_bwd import attention_triton_backward
 
-        return attention_triton_backward(
-            d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens,
-            max_seqlen=max_seqlen, scale=scale, window=window, deterministic=deterministic,
-        )  # fmt: skip
+        with torch.cuda.device_of(q_NHD):
+            return attention_triton_backward(
+                d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens,
+                max_seqlen=max_seqlen, scale=scale, window=window,
+                deterministic=deterministic or _torch_asks_for_determinism(),
+            )  # fmt: skip
     if q_NHD.device.type == "cpu":
         return attention_cpu_backward(
             d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens, scale=scale, window=window
         )
     return attention_reference_backward(
         d_out_NHD, q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window
+    )
+
+
+def _torch_asks_for_determinism() -> bool:
+    """Whether torch shall run deterministic algorithms or fail; where it shall only warn, the faster one runs."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
     )
 
 
@@ -261,9 +284,13 @@ def _(
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q_NHD, k_NKD, v_NKD, cu_seqlens, *ctx.options = inputs
     ctx.save_for_backward(q_NHD, k_NKD, v_NKD, *output, cu_seqlens)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_out_NHD: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, d_out_NHD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_out_NHD is None:
+        return (None,) * 8
     gradients = _attention_backward_op(d_out_NHD, *ctx.saved_tensors, *ctx.options)
     return (*gradients, None, None, None, None, None)
 

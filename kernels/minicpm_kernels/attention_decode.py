@@ -62,7 +62,7 @@ def attention_decode(
 def _attention_decode_op(
     q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, scale: float, window: int | None
 ) -> Tensor:
-    if _kernel_serves(q_BHD):
+    if decode_kernel_serves(q_BHD):
         from minicpm_kernels.attention_triton_decode import attention_triton_decode
 
         # A copy of one token costs nothing; of a cache it would cost what the kernel saves.
@@ -70,7 +70,8 @@ def _attention_decode_op(
             if x_BTKD.stride(-1) != 1:
                 raise ValueError(f"attention_decode: {name} must be contiguous in its last dimension")
         q_BHD = q_BHD.contiguous()
-        return attention_triton_decode(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=scale, window=window)
+        with torch.cuda.device_of(q_BHD):
+            return attention_triton_decode(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=scale, window=window)
     return attention_decode_reference(q_BHD, k_BTKD, v_BTKD, lengths_B, scale=scale, window=window)
 
 
@@ -81,8 +82,11 @@ def _(
     return q_BHD.new_empty(q_BHD.shape)
 
 
-def _kernel_serves(q_BHD: Tensor) -> bool:
-    """Whether Triton runs and has a kernel for these: products need the widths and types of tensor cores."""
+def decode_kernel_serves(q_BHD: Tensor) -> bool:
+    """Whether Triton runs and has a kernel for these queries: products need the widths and types of tensor cores.
+
+    Where it has none, ``attention_decode`` reads the whole capacity of the cache.
+    """
     if choose_backend(q_BHD, "attention_decode").name != "triton" or q_BHD.shape[2] not in (16, 32, 64, 128):
         return False
     return q_BHD.dtype in (torch.bfloat16, torch.float16) or interpreter_enabled()

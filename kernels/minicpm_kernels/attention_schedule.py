@@ -89,7 +89,7 @@ def attention_bounds(cu_seqlens: Tensor, num_tokens: int, window: int | None) ->
     end_query_N = torch.empty_like(first_key_N)
     num_documents = cu_seqlens.shape[0] - 1
     attention_bounds_kernel[(triton.cdiv(num_tokens, _BOUNDS_BLOCK),)](
-        cu_seqlens,
+        cu_seqlens.contiguous(),
         first_key_N,
         end_query_N,
         num_documents,
@@ -114,11 +114,12 @@ def heads_per_section(
 def rows_of_heads(x_NHD: Tensor) -> Tensor:
     """The tensor itself where TMA can read it as (N, H·D) rows, else a copy.
 
-    TMA needs heads side by side and rows at multiples of 16 bytes; slices of a merged projection are that
-    already.
+    TMA needs heads side by side, rows apart and at multiples of 16 bytes; slices of a merged projection are
+    that already, one row for all tokens (an expanded gradient) is not.
     """
     num_tokens, heads, head_dim = x_NHD.shape
     side_by_side = x_NHD.stride(2) == 1 and (heads == 1 or x_NHD.stride(1) == head_dim)
+    side_by_side = side_by_side and x_NHD.stride(0) >= heads * head_dim
     aligned = x_NHD.stride(0) * x_NHD.element_size() % 16 == 0 and x_NHD.data_ptr() % 16 == 0
     # One row may claim any stride; cloning gives it the one that fits.
     return (

@@ -127,11 +127,11 @@ def attention_bwd_dkdv_kernel(
     column = kv_head * HEAD_DIM
     b_key = first_key + tl.arange(0, BLOCK_K)
     b_end_query = tl.load(p_end_query + tl.minimum(b_key, num_tokens - 1))
-    # Query blocks, all at multiples of BLOCK_Q: the diagonal's; from `middle`, every query sees every key;
-    # from `tail` to `stop`, some query sees only some.
+    # Query blocks, all at multiples of BLOCK_Q: the diagonal's, to `middle`, even where the tokens end before;
+    # from there every query sees every key; from `tail` to `stop`, some query sees only some.
     middle = first_key + BLOCK_K
     tail = tl.maximum(tl.load(p_end_query + first_key) // BLOCK_Q * BLOCK_Q, middle)
-    stop = tl.load(p_end_query + tl.minimum(middle, num_tokens) - 1)
+    stop = tl.maximum(tl.load(p_end_query + tl.minimum(middle, num_tokens) - 1), middle)
     num_masked = BLOCK_K // BLOCK_Q + tl.maximum(tl.cdiv(stop - tail, BLOCK_Q), 0)
     num_full = (tail - middle) // BLOCK_Q
 

@@ -23,6 +23,7 @@ LOG2_E = 1.4426950408889634
 # A program should read this many keys at least, or combining costs more than splitting gains. Not tuned on
 # a card.
 _MIN_KEYS_PER_SPLIT = 256
+_MAX_SPLITS = 128  # one program combines them, and more would not fit its registers
 
 _OPTIONS = {"num_warps": 4, "num_stages": 3}
 
@@ -131,7 +132,7 @@ def attention_triton_decode(
         q_BHD,
         k_BTKD,
         v_BTKD,
-        lengths_B,
+        lengths_B.contiguous(),
         part_BHSD,
         lse_BHS,
         num_kv_heads,
@@ -171,18 +172,22 @@ def _num_splits(num_programs: int, capacity: int, device: torch.device) -> int:
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-2 * multiprocessors // max(num_programs, 1))
-    return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT))
+    return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS))
 
 
 def sm90_cases() -> list[Sm90Case]:
     """Every configuration that is launched on a card."""
     strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bh"), ("k", "bth"), ("v", "bth")) for axis in axes]
-    combine = Sm90Case(
-        name="attention_decode_combine",
-        kernel=attention_decode_combine_kernel,
-        types={"p_part": "*fp32", "p_lse_log2": "*fp32", "p_out": "*bf16", "num_splits": "i32"},
-        constants={"BLOCK_S": 16, "HEAD_DIM": 128},
-    )
+    combine = [
+        Sm90Case(
+            name=f"attention_decode_combine_hd{head_dim}_splits{splits}",
+            kernel=attention_decode_combine_kernel,
+            types={"p_part": "*fp32", "p_lse_log2": "*fp32", "p_out": "*bf16", "num_splits": "i32"},
+            constants={"BLOCK_S": splits, "HEAD_DIM": head_dim},
+        )
+        for head_dim in (64, 128)
+        for splits in (16, _MAX_SPLITS)
+    ]
     attend = [
         Sm90Case(
             name=f"attention_decode_hd{head_dim}_group{group}",
@@ -198,4 +203,4 @@ def sm90_cases() -> list[Sm90Case]:
         for head_dim in (64, 128)
         for group in (1, 36)
     ]
-    return [combine, *attend]
+    return [*combine, *attend]

@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
+# Bytes of shared memory a block must be able to ask for, for the kernels with large tiles: data-center cards from
+# compute capability 8.0 on have it, consumer cards have 99 KiB.
+LARGE_SHARED_MEMORY = 160 * 1024
+
 OVERRIDE_VARIABLE = "MINICPM_KERNELS"
 
 
@@ -63,6 +67,27 @@ def triton_importable() -> bool:
 def interpreter_enabled() -> bool:
     """Whether Triton kernels run in its CPU interpreter (set before Triton is imported, or not at all)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
+
+
+def obstacle_to_large_tiles(device: "torch.device") -> str:
+    """Why a kernel with large tiles cannot run on a CUDA device, as a clause; empty when it can."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY:
+        kib = properties.shared_memory_per_block_optin // 1024
+        return (
+            f"the kernel needs {LARGE_SHARED_MEMORY // 1024} KiB of shared memory a block, the card has {kib}"
+        )
+    return ""
+
+
+def autocasts(tensor: "torch.Tensor") -> bool:
+    """Whether ``torch.autocast`` is on for the tensor's device."""
+    import torch
+
+    device_type = tensor.device.type
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # to ask for meta is an error
 
 
 def _obstacle_to_triton(device_type: str) -> str:

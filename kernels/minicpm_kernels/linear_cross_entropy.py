@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
@@ -59,7 +60,7 @@ def linear_cross_entropy(
         hidden_ND: final states, (N, D).
         weight_VD: output matrix (the embedding where tied), (V, D). Its gradient is accumulated in float32.
         targets_N: int64 token ids below V; `ignore_index` takes a token out of the loss.
-        logit_scale: factor on the logits (MiniCPM: dim_model_base / hidden_size).
+        logit_scale: factor on the logits (MiniCPM: dim_model_base / hidden_size), positive.
         z_loss: weight of log(Z)² (PaLM, section 5), 0 for none.
 
     Products run in autocast's dtype where autocast is on, else in that of the inputs; the softmax in float32.
@@ -68,6 +69,8 @@ def linear_cross_entropy(
 
     Raises: ValueError for shapes or dtypes that do not fit.
     """
+    if not logit_scale > 0:
+        raise ValueError(f"logit_scale must be positive, not {logit_scale}")
     device_type = hidden_ND.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
@@ -153,13 +156,17 @@ class _Function(torch.autograd.Function):
         return loss_sum, z_loss_sum
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         d_hidden_ND, d_weight_VD = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         needs_hidden, needs_weight, *_ = ctx.needs_input_grad
         # In float32, because torch would round the factor itself to bf16.
         d_hidden = (d_hidden_ND.float() * grad).to(hidden_dtype) if needs_hidden else None
-        d_weight = (d_weight_VD * grad).to(weight_dtype) if needs_weight else None
+        d_weight = None
+        if needs_weight:  # in one pass: a second float32 matrix of this size would be a gigabyte
+            d_weight = torch.empty_like(d_weight_VD, dtype=weight_dtype)
+            torch.mul(d_weight_VD, grad, out=d_weight)
         return d_hidden, d_weight, None, None, None, None, None, None, None
 
 
@@ -190,7 +197,8 @@ def linear_cross_entropy_op(
     with torch.autocast(hidden_ND.device.type, enabled=False):
         weight_VD = weight_VD.to(dtype)
         if task.use_triton:  # the kernel passes over ignored rows; picking them out would make the host wait
-            return _by_chunks(hidden_ND.to(dtype), weight_VD, targets_N.contiguous(), task)
+            with torch.cuda.device_of(hidden_ND):
+                return _by_chunks(hidden_ND.to(dtype), weight_VD, targets_N.contiguous(), task)
         kept_N = (targets_N != ignore_index).nonzero().squeeze(1)
         if kept_N.numel() == targets_N.numel():
             return _by_chunks(hidden_ND.to(dtype), weight_VD, targets_N, task)

@@ -45,36 +45,41 @@ def linear_cross_entropy_kernel(
     is_kept = target != ignore_index
     # A target that is no token has no logit: the loss is NaN rather than a plausible number.
     is_token = (target >= 0) & (target < vocabulary)
-    target_logit = tl.load(p_row + target, mask=is_token, other=float("nan")).to(tl.float32) * logit_scale
+    target_logit = tl.load(p_row + target, mask=is_token, other=float("nan")).to(tl.float32)
 
     # Loads and stores are masked by the row's length in memory, a multiple of 16 in training where the vocabulary is
     # not, because a mask that may end within a vector would split every vector access into single elements.
     # The inner dimension is what one thread loads at once, so the reductions in the loop stay within a thread.
     offsets = tl.arange(0, BLOCK // VECTOR)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # Differences from the maximum are scaled, not logits: a large logit times the scale is rounded by as much as a
+    # probability may be off, and differently here and below where the compiler fuses a multiplication and an addition.
     scale_log2 = logit_scale * LOG2_E
     b_max = tl.full([BLOCK // VECTOR], -1e30, tl.float32)
     b_sum = tl.zeros([BLOCK // VECTOR], tl.float32)
     for start in range(0, vocabulary, BLOCK):
         columns = start + offsets
         b_logits = tl.load(p_row + columns, mask=columns < row_stride, other=0.0).to(tl.float32)
-        b_scaled = tl.where(columns < vocabulary, b_logits * scale_log2, -float("inf"))
-        b_new_max = tl.maximum(b_max, tl.max(b_scaled, 1))
-        b_sum = b_sum * tl.exp2(b_max - b_new_max) + tl.sum(tl.exp2(b_scaled - b_new_max[:, None]), 1)
+        b_logits = tl.where(columns < vocabulary, b_logits, -float("inf"))
+        b_new_max = tl.maximum(b_max, tl.max(b_logits, 1))
+        b_sum *= tl.exp2((b_max - b_new_max) * scale_log2)
+        b_sum += tl.sum(tl.exp2((b_logits - b_new_max[:, None]) * scale_log2), 1)
         b_max = b_new_max
     highest = tl.max(b_max, 0)
-    lse_log2 = highest + tl.log2(tl.sum(b_sum * tl.exp2(b_max - highest), 0))
-    lse = lse_log2 * LN_2
-    tl.store(p_losses + row, tl.where(is_kept, lse - target_logit, 0.0))
+    total = tl.sum(b_sum * tl.exp2((b_max - highest) * scale_log2), 0)
+    log_total = tl.log2(total) * LN_2
+    lse = highest * logit_scale + log_total
+    tl.store(p_losses + row, tl.where(is_kept, (highest - target_logit) * logit_scale + log_total, 0.0))
     tl.store(p_z_losses + row, tl.where(is_kept, z_loss * lse * lse, 0.0))
 
     if NEEDS_GRAD:
-        z_factor = 1.0 + 2.0 * z_loss * lse
+        # Nothing of this is left to do for each logit but a product and a difference.
+        probability_factor = (1.0 + 2.0 * z_loss * lse) / total
         for start in range(0, vocabulary, BLOCK):
             columns = start + offsets
             mask = columns < row_stride
             b_logits = tl.load(p_row + columns, mask=mask, other=0.0).to(tl.float32)
-            b_probability = tl.exp2(b_logits * scale_log2 - lse_log2)
-            b_gradient = b_probability * z_factor - tl.where(columns == target, 1.0, 0.0)
+            b_weight = tl.exp2((b_logits - highest) * scale_log2)
+            b_gradient = b_weight * probability_factor - tl.where(columns == target, 1.0, 0.0)
             b_gradient = tl.where(is_kept, b_gradient * logit_scale, 0.0)
             tl.store(p_row + columns, b_gradient.to(p_logits.dtype.element_ty), mask=mask)
 

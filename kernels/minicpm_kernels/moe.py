@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minicpm_kernels import moe_ops, moe_reference
+from minicpm_kernels.backend import autocasts
 
 # The copy engine wants rows at multiples of 16 bytes, and the compiler must see that 16-byte copies are aligned.
 _WIDTH_MULTIPLE = 16
@@ -44,7 +45,7 @@ def moe_layer(
     """A whole layer: router and experts. The caller scales the losses (MiniCPM: load balance by 0.01)."""
     # In float32 whatever the model's type, and outside autocast: a rounded logit can change which experts are chosen.
     wide = torch.promote_types(x_ND.dtype, torch.float32)
-    with torch.autocast(x_ND.device.type, enabled=False) if _autocasts(x_ND) else nullcontext():
+    with torch.autocast(x_ND.device.type, enabled=False) if autocasts(x_ND) else nullcontext():
         logits_NE = F.linear(x_ND.to(wide), router_weight_ED.to(wide))
     routing = moe_router(logits_NE, num_experts_per_tok)
     out_ND = moe_experts(x_ND, routing.weights_NK, routing.experts_NK, gate_up_E2FD, down_EDF)
@@ -77,7 +78,7 @@ def moe_experts(
 
     Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
     """
-    if _autocasts(x_ND):
+    if autocasts(x_ND):
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, gate_up_E2FD, down_EDF = x_ND.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
     _check_experts(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
@@ -86,11 +87,6 @@ def moe_experts(
         x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, learns and torch.is_grad_enabled()
     )[0]
     return out_ND
-
-
-def _autocasts(tensor: Tensor) -> bool:
-    device_type = tensor.device.type
-    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # to ask for meta is an error
 
 
 def _check_router(logits_NE: Tensor, num_experts_per_tok: int) -> None:

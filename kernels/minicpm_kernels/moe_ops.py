@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from minicpm_kernels import moe_reference
-from minicpm_kernels.backend import choose_backend
+from minicpm_kernels.backend import choose_backend, obstacle_to_large_tiles
 
 
 def uses_triton(tensor: Tensor, op: str) -> bool:
     """Whether the Triton kernels serve this tensor; they compute in float32, so float64 goes to plain torch."""
-    return tensor.dtype != torch.float64 and choose_backend(tensor, op).name == "triton"
+    if tensor.dtype == torch.float64 or choose_backend(tensor, op).name != "triton":
+        return False
+    return not (tensor.is_cuda and op == "moe_experts" and obstacle_to_large_tiles(tensor.device))
 
 
 @torch.library.custom_op("minicpm_kernels::moe_experts", mutates_args=())
@@ -35,7 +37,8 @@ def experts_op(
         from minicpm_kernels import moe_triton
 
         forward = moe_triton.moe_experts_forward
-    return forward(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, save_hidden=save_hidden)
+    with torch.cuda.device_of(x_ND):
+        return forward(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, save_hidden=save_hidden)
 
 
 @experts_op.register_fake
@@ -67,7 +70,8 @@ def experts_backward_op(
         from minicpm_kernels import moe_triton
 
         backward = moe_triton.moe_experts_backward
-    return backward(grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F)
+    with torch.cuda.device_of(x_ND):
+        return backward(grad_ND, x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, hidden_S2F)
 
 
 @experts_backward_op.register_fake
@@ -93,9 +97,12 @@ def _save_experts(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     hidden_S2F = output[1]
     ctx.save_for_backward(*inputs[:5], hidden_S2F)
     ctx.mark_non_differentiable(hidden_S2F)
+    ctx.set_materialize_grads(False)  # else hidden_S2F, the largest tensor here, gets a gradient of zeros
 
 
-def _experts_gradient(ctx: Any, grad_ND: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _experts_gradient(ctx: Any, grad_ND: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_ND is None:
+        return (None,) * 6
     dx_ND, dweights_NK, dgate_up_E2FD, ddown_EDF = experts_backward_op(grad_ND, *ctx.saved_tensors)
     return dx_ND, dweights_NK, None, dgate_up_E2FD, ddown_EDF, None
 
@@ -108,7 +115,8 @@ def router_op(logits_NE: Tensor, num_experts_per_tok: int) -> tuple[Tensor, Tens
     """The router's Triton kernels; plain torch needs no op, because autograd and the compiler see through it."""
     from minicpm_kernels import moe_triton_router
 
-    return moe_triton_router.router_forward(logits_NE.contiguous(), num_experts_per_tok)
+    with torch.cuda.device_of(logits_NE):
+        return moe_triton_router.router_forward(logits_NE.contiguous(), num_experts_per_tok)
 
 
 @router_op.register_fake
@@ -136,15 +144,16 @@ def router_backward_op(
     """Gradient of the logits."""
     from minicpm_kernels import moe_triton_router
 
-    return moe_triton_router.router_backward(
-        logits_NE.contiguous(),
-        weights_NK.contiguous(),
-        experts_NK.contiguous(),
-        fraction_E,
-        dweights_NK.contiguous(),
-        dload_balance,
-        dz,
-    )
+    with torch.cuda.device_of(logits_NE):
+        return moe_triton_router.router_backward(
+            logits_NE.contiguous(),
+            weights_NK.contiguous(),
+            experts_NK.contiguous(),
+            fraction_E,
+            dweights_NK.contiguous(),
+            dload_balance,
+            dz,
+        )
 
 
 @router_backward_op.register_fake

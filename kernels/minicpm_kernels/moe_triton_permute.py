@@ -36,17 +36,18 @@ class Plan:
 
 
 @triton.jit
-def _one_hot(p_expert, num_pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
-    """The block's pairs, and for each a row with a 1 at its expert."""
+def _one_hot(p_expert, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The block's pairs, and for each a row with a 1 at its expert; without one where there is no such expert."""
     b_pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     b_expert = tl.load(p_expert + b_pair, mask=b_pair < num_pairs, other=-1)
+    b_expert = tl.where(b_expert < num_experts, b_expert, -1)
     return b_pair, (b_expert[:, None] == tl.arange(0, EXPERTS)[None, :]).to(tl.int32)
 
 
 @triton.jit
-def moe_count_kernel(p_expert, p_count, num_pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def moe_count_kernel(p_expert, p_count, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
     """Histogram of one block of pairs."""
-    _, b_one_hot = _one_hot(p_expert, num_pairs, EXPERTS, BLOCK)
+    _, b_one_hot = _one_hot(p_expert, num_pairs, num_experts, EXPERTS, BLOCK)
     tl.store(p_count + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), tl.sum(b_one_hot, 0))
 
 
@@ -93,10 +94,10 @@ def moe_plan_kernel(
 
 @triton.jit
 def moe_place_kernel(
-    p_expert, p_first, p_pair, p_slot, num_pairs, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    p_expert, p_first, p_pair, p_slot, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Slot of each pair of a block: its expert's first slot here plus its rank among the block's pairs of it."""
-    b_pair, b_one_hot = _one_hot(p_expert, num_pairs, EXPERTS, BLOCK)
+    b_pair, b_one_hot = _one_hot(p_expert, num_pairs, num_experts, EXPERTS, BLOCK)
     b_first = tl.load(p_first + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS))
     b_slot = tl.sum(b_one_hot * (b_first[None, :] + tl.cumsum(b_one_hot, 0)), 1) - 1  # -1 if of no expert
     tl.store(p_slot + b_pair, b_slot, mask=b_pair < num_pairs)
@@ -160,15 +161,16 @@ def make_plan(experts_NK: Tensor, num_experts: int, tile_rows: int) -> Plan:
     )
     count_BE, first_BE = empty(num_blocks, experts), empty(num_blocks, experts)
     moe_count_kernel[(num_blocks,)](
-        experts_NK, count_BE, num_pairs, EXPERTS=experts, BLOCK=block, num_warps=8
+        experts_NK, count_BE, num_pairs, num_experts, EXPERTS=experts, BLOCK=block, num_warps=8
     )
     moe_plan_kernel[(1,)](
         count_BE, first_BE, plan.start_E1, plan.tile_T3, plan.num_tiles_1, num_blocks, num_experts, max_tiles,
         TILE_ROWS=tile_rows, EXPERTS=experts, **_plan_blocks(experts), num_warps=8,
     )  # fmt: skip
     moe_place_kernel[(num_blocks,)](
-        experts_NK, first_BE, plan.pair_S, plan.slot_NK, num_pairs, EXPERTS=experts, BLOCK=block, num_warps=8
-    )
+        experts_NK, first_BE, plan.pair_S, plan.slot_NK, num_pairs, num_experts,
+        EXPERTS=experts, BLOCK=block, num_warps=8,
+    )  # fmt: skip
     return plan
 
 
@@ -216,7 +218,7 @@ def sm90_cases() -> list[Sm90Case]:
             Sm90Case(
                 name=f"moe_count_{experts}_experts",
                 kernel=moe_count_kernel,
-                types={"p_expert": "*i32", "p_count": "*i32", "num_pairs": "i32"},
+                types={"p_expert": "*i32", "p_count": "*i32", "num_pairs": "i32", "num_experts": "i32"},
                 constants=sizes,
                 options={"num_warps": 8},
             ),
@@ -232,7 +234,7 @@ def sm90_cases() -> list[Sm90Case]:
                 name=f"moe_place_{experts}_experts",
                 kernel=moe_place_kernel,
                 types=dict.fromkeys(("p_expert", "p_first", "p_pair", "p_slot"), "*i32")
-                | {"num_pairs": "i32"},
+                | {"num_pairs": "i32", "num_experts": "i32"},
                 constants=sizes,
                 options={"num_warps": 8},
             ),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
@@ -76,6 +77,7 @@ class _RmsNorm(torch.autograd.Function):
         return normalised_ND
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_normalised_ND: Tensor) -> tuple[Tensor, Tensor, None]:
         x_ND, weight_D, rstd_N1 = ctx.saved_tensors
         if choose_backend(x_ND, "rms_norm").name == "triton":
@@ -105,6 +107,7 @@ class _RmsNormResidual(torch.autograd.Function):
         return normalised_ND.to(branch_ND.dtype), new_residual_ND
 
     @staticmethod
+    @once_differentiable
     def backward(
         ctx: Any, d_normalised_ND: Tensor, d_new_residual_ND: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:

@@ -195,22 +195,23 @@ def _forward(
     rstd_N = x.new_empty(num_rows, dtype=torch.float32)
     rows, block = _tile(width)
     if x.numel():
-        rms_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
-            x,
-            branch,
-            weight_D.contiguous(),
-            normalised,
-            new_residual,
-            rstd_N,
-            num_rows,
-            width,
-            eps,
-            branch_scale,
-            ROWS=rows,
-            BLOCK=block,
-            RESIDUAL=branch is not None,
-            num_warps=_NUM_WARPS_FWD,
-        )
+        with torch.cuda.device_of(x):
+            rms_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
+                x,
+                branch,
+                weight_D.contiguous(),
+                normalised,
+                new_residual,
+                rstd_N,
+                num_rows,
+                width,
+                eps,
+                branch_scale,
+                ROWS=rows,
+                BLOCK=block,
+                RESIDUAL=branch is not None,
+                num_warps=_NUM_WARPS_FWD,
+            )
     return rstd_N
 
 
@@ -232,23 +233,24 @@ def _backward(
     )
     d_weight_PD = x.new_empty(num_programs, width, dtype=torch.float32)
     if x.numel():
-        rms_norm_bwd_kernel[(num_programs,)](
-            x.contiguous(),
-            weight_D.contiguous(),
-            rstd_N,
-            d_normalised.contiguous(),
-            None if d_new_residual is None else d_new_residual.contiguous(),
-            d_x,
-            d_branch,
-            d_weight_PD,
-            num_rows,
-            width,
-            branch_scale,
-            ROWS=rows,
-            BLOCK=block,
-            RESIDUAL=d_branch is not None,
-            num_warps=_NUM_WARPS_BWD,
-        )
+        with torch.cuda.device_of(x):
+            rms_norm_bwd_kernel[(num_programs,)](
+                x.contiguous(),
+                weight_D.contiguous(),
+                rstd_N,
+                d_normalised.contiguous(),
+                None if d_new_residual is None else d_new_residual.contiguous(),
+                d_x,
+                d_branch,
+                d_weight_PD,
+                num_rows,
+                width,
+                branch_scale,
+                ROWS=rows,
+                BLOCK=block,
+                RESIDUAL=d_branch is not None,
+                num_warps=_NUM_WARPS_BWD,
+            )
     return d_weight_PD.sum(0).to(weight_D.dtype)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from minicpm_kernels.backend import choose_backend
 
@@ -65,6 +66,7 @@ class _Rope(torch.autograd.Function):
         return _turn(x_NHC, cos_NC2, sin_NC2, backward=False)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out_NHC: Tensor) -> tuple[Tensor, None, None]:
         cos_NC2, sin_NC2 = ctx.saved_tensors
         return _turn(d_out_NHC, cos_NC2, sin_NC2, backward=True), None, None

@@ -35,7 +35,7 @@ def rope_kernel(
     BACKWARD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    heads = (tl.program_id(1) * HEADS + tl.arange(0, HEADS)).to(tl.int64)
     columns = tl.arange(0, BLOCK_HALF)
     mask = (heads < num_heads)[:, None] & (columns < HALF)[None, :]
     b_cos = tl.load(p_cos + token * HALF + columns, mask=columns < HALF, other=0.0).to(tl.float32)[None, :]
@@ -58,20 +58,21 @@ def rope_turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -
         x_NHC = x_NHC.contiguous()
     out_NHC = torch.empty_like(x_NHC, memory_format=torch.contiguous_format)
     if out_NHC.numel():
-        rope_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_OF_PROGRAM))](
-            x_NHC,
-            cos_NC2.contiguous(),
-            sin_NC2.contiguous(),
-            out_NHC,
-            num_heads,
-            x_NHC.stride(0),
-            x_NHC.stride(1),
-            HALF=head_dim // 2,
-            BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-            HEADS=_HEADS_OF_PROGRAM,
-            BACKWARD=backward,
-            num_warps=_NUM_WARPS,
-        )
+        with torch.cuda.device_of(x_NHC):
+            rope_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_OF_PROGRAM))](
+                x_NHC,
+                cos_NC2.contiguous(),
+                sin_NC2.contiguous(),
+                out_NHC,
+                num_heads,
+                x_NHC.stride(0),
+                x_NHC.stride(1),
+                HALF=head_dim // 2,
+                BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
+                HEADS=_HEADS_OF_PROGRAM,
+                BACKWARD=backward,
+                num_warps=_NUM_WARPS,
+            )
     return out_NHC
 
 

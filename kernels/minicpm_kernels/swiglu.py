@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
@@ -50,6 +51,7 @@ class _Swiglu(torch.autograd.Function):
         return silu_NF * up_NF
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, d_out_NF: Tensor) -> Tensor:
         gate_up_N2F, *rest = ctx.saved_tensors
         if choose_backend(gate_up_N2F, "swiglu").name == "triton":

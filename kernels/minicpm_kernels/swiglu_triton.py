@@ -57,7 +57,10 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
     grid = (rows_N2F.shape[0], triton.cdiv(width, _BLOCK))
     if out.numel():
-        swiglu_fwd_kernel[grid](rows_N2F, out, width, rows_N2F.stride(0), BLOCK=_BLOCK, num_warps=_NUM_WARPS)
+        with torch.cuda.device_of(gate_up):
+            swiglu_fwd_kernel[grid](
+                rows_N2F, out, width, rows_N2F.stride(0), BLOCK=_BLOCK, num_warps=_NUM_WARPS
+            )
     return out
 
 
@@ -74,16 +77,17 @@ def swiglu_bwd(gate_up: Tensor, d_out: Tensor) -> Tensor:
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     grid = (rows_N2F.shape[0], triton.cdiv(width, _BLOCK))
     if d_out.numel():
-        swiglu_bwd_kernel[grid](
-            rows_N2F,
-            d_out_NF,
-            d_gate_up,
-            width,
-            rows_N2F.stride(0),
-            d_out_NF.stride(0),
-            BLOCK=_BLOCK,
-            num_warps=_NUM_WARPS,
-        )
+        with torch.cuda.device_of(gate_up):
+            swiglu_bwd_kernel[grid](
+                rows_N2F,
+                d_out_NF,
+                d_gate_up,
+                width,
+                rows_N2F.stride(0),
+                d_out_NF.stride(0),
+                BLOCK=_BLOCK,
+                num_warps=_NUM_WARPS,
+            )
     return d_gate_up
 
 

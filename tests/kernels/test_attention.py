@@ -101,6 +101,18 @@ def test_gradient_of_a_sum(device: torch.device) -> None:
 def test_opcheck(device: torch.device) -> None:
     q, k, v, cu_seqlens = _inputs([5, 0, 9], 2, 1, 16, device)
     torch.library.opcheck(OP, (q, k, v, cu_seqlens, 9, 0.25, 4, True))
+    out, lse = (x.detach() for x in OP(q, k, v, cu_seqlens, 9, 0.25, 4, True))
+    kept = (out, *(x.detach() for x in (q, k, v)), out, lse, cu_seqlens)
+    torch.library.opcheck(torch.ops.minicpm_kernels.attention_backward.default, (*kept, 9, 0.25, 4, True))
+
+
+def test_autocast_casts_the_inputs(device: torch.device) -> None:
+    q, k, v, cu_seqlens = _inputs([5, 9], 2, 1, 16, device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = attention(q, k.bfloat16(), v, cu_seqlens, max_seqlen=9)
+    narrow = attention(*(x.bfloat16() for x in (q, k, v)), cu_seqlens, max_seqlen=9)
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, narrow)
 
 
 def test_compiles_to_one_graph(device: torch.device) -> None:

@@ -121,6 +121,21 @@ def test_grouped_heads(
     _check(inputs, assert_as_accurate, deterministic=deterministic)
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("lengths", [[50], [128, 40], [128, 64], [129, 64]], ids=lambda lengths: f"{lengths}")
+def test_several_groups_of_heads_whose_tokens_end_within_a_tile(
+    lengths: list[int],
+    head_dim: int,
+    deterministic: bool,
+    device: torch.device,
+    assert_as_accurate: Callable[..., None],
+) -> None:
+    """A tile of keys walks the heads of its own group only, even where its last queries do not exist."""
+    inputs = _inputs(lengths, 4, 2, head_dim, torch.bfloat16, device)
+    _check(inputs, assert_as_accurate, deterministic=deterministic)
+
+
 def test_a_thousand_tokens(device: torch.device, assert_as_accurate: Callable[..., None]) -> None:
     _check(_inputs([1000], 1, 1, 64, torch.float16, device), assert_as_accurate)
 
@@ -223,6 +238,39 @@ def test_any_strides(layout: str, device: torch.device) -> None:
         gradients, torch.autograd.grad(even_out, even, d_out.contiguous()), strict=True
     ):
         assert torch.equal(ours, expected)
+
+
+def test_a_gradient_expanded_over_all_tokens(device: torch.device) -> None:
+    """Its rows are one row, a stride that the copy engine does not know."""
+    q, k, v, cu_seqlens = _inputs([70], 2, 2, 64, torch.bfloat16, device)
+    row = torch.randn(1, 2, 64, device=device).bfloat16()
+    out = attention(q, k, v, cu_seqlens, max_seqlen=70, deterministic=True)
+    expanded = torch.autograd.grad(out, (q, k, v), row.expand(70, 2, 64), retain_graph=True)
+    expected = torch.autograd.grad(out, (q, k, v), row.repeat(70, 1, 1))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(expanded, expected, strict=True))
+
+
+def test_strided_bounds(device: torch.device) -> None:
+    q, k, v, cu_seqlens = _inputs([70, 60], 2, 2, 64, torch.bfloat16, device)
+    column = torch.stack([cu_seqlens, cu_seqlens + 1], 1)[:, 0]
+    expected = attention(q, k, v, cu_seqlens, max_seqlen=70)
+    assert torch.equal(attention(q, k, v, column, max_seqlen=70), expected)
+
+
+def test_torch_can_ask_for_determinism(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    from minicpm_kernels import attention_triton_bwd
+
+    asked = []
+    adds_dq = attention_triton_bwd.adds_dq
+    monkeypatch.setattr(
+        attention_triton_bwd, "adds_dq", lambda dim, wanted: asked.append(wanted) or adds_dq(dim, wanted)
+    )
+    q, k, v, cu_seqlens = _inputs([9], 1, 1, 16, torch.bfloat16, device)
+    for warn_only in (True, False):
+        torch.use_deterministic_algorithms(True, warn_only=warn_only)
+        attention(q, k, v, cu_seqlens, max_seqlen=9).sum().backward()
+    torch.use_deterministic_algorithms(False)
+    assert asked == [False, True]
 
 
 def test_more_than_two_to_the_31_elements_are_addressed(device: torch.device) -> None:

@@ -218,6 +218,22 @@ def test_kernel_reads_nothing_behind_the_vocabulary(device, triton_kernels):
     torch.testing.assert_close(buffer[:, :300], logits.softmax(-1) - F.one_hot(targets, 300))
 
 
+@pytest.mark.parametrize("vocabulary", [73_440, 122_753])
+def test_vocabularies_of_minicpm(
+    vocabulary, device, backend, monkeypatch, with_gradients, assert_as_accurate
+):
+    kernel = pytest.importorskip("minicpm_kernels.linear_cross_entropy_triton")
+    monkeypatch.setattr(kernel, "_MAX_BLOCK", 16_384)
+    hidden, weight, targets = case(3, vocabulary, 16, device, torch.bfloat16)
+    targets[0] = vocabulary - 1
+    wide = (hidden.float(), weight.float())
+    exact = with_gradients(exact_loss(targets), wide)
+    own = with_gradients(mean_loss(linear_cross_entropy_reference, targets), (hidden, weight))
+    ours = with_gradients(mean_loss(linear_cross_entropy, targets), (hidden, weight))
+    for what, result, theirs, reference in zip(("loss", "hidden", "weight"), ours, own, exact, strict=True):
+        assert_as_accurate(result, theirs, reference, what=what)
+
+
 def test_offsets_beyond_int32(device, triton_kernels, far_rows):
     from minicpm_kernels.linear_cross_entropy_triton import gradient_in_place
 
@@ -234,5 +250,7 @@ def test_refuses_what_does_not_fit(device):
         linear_cross_entropy(hidden.bfloat16(), weight, targets)
     with pytest.raises(ValueError, match=r"must be \(N, D\) and \(V, D\)"):
         linear_cross_entropy(hidden[:, :8], weight, targets)
+    with pytest.raises(ValueError, match=r"logit_scale must be positive, not -1\.0"):
+        linear_cross_entropy(hidden, weight, targets, logit_scale=-1.0)
     with pytest.raises(ValueError, match="targets must be 20 int64"):
         linear_cross_entropy(hidden, weight, targets.int())

@@ -62,6 +62,17 @@ def test_combine(width, weighted, device, triton_kernels, poisoned_memory):
     torch.testing.assert_close(combine(rows, plan, weights if weighted else None), expected.sum(1))
 
 
+def test_an_id_between_the_experts_and_the_next_power_of_two_gets_no_slot(
+    device, triton_kernels, poisoned_memory
+):
+    from minicpm_kernels.moe_triton_permute import make_plan
+
+    plan = make_plan(torch.tensor([[4, 5], [6, 7], [0, 5]], dtype=torch.int32, device=device), 5, 32)
+    assert plan.slot_NK.tolist() == [[1, -1], [-1, -1], [0, -1]]
+    assert plan.start_E1.tolist() == [0, 1, 1, 1, 1, 2]
+    assert plan.num_tiles_1.item() == 2
+
+
 def test_an_id_out_of_range_gets_no_slot(device, triton_kernels, poisoned_memory):
     from minicpm_kernels.moe_triton_permute import make_plan
 
