@@ -74,12 +74,10 @@ def obstacle_to_large_tiles(device: "torch.device") -> str:
     import torch
 
     properties = torch.cuda.get_device_properties(device)
-    if properties.shared_memory_per_block_optin < LARGE_SHARED_MEMORY:
-        kib = properties.shared_memory_per_block_optin // 1024
-        return (
-            f"the kernel needs {LARGE_SHARED_MEMORY // 1024} KiB of shared memory a block, the card has {kib}"
-        )
-    return ""
+    held: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]  # torch's stub lacks it
+    if held >= LARGE_SHARED_MEMORY:
+        return ""
+    return f"it needs {LARGE_SHARED_MEMORY // 1024} KiB of shared memory a block, the card has {held // 1024}"
 
 
 def autocasts(tensor: "torch.Tensor") -> bool:

@@ -126,7 +126,7 @@ def _check_experts(
             raise ValueError(f"moe_experts: {name} is on {tensor.device}, but x on {x_ND.device}")
     if weights_NK.shape[1] == 0:
         raise ValueError("moe_experts: every token needs at least one expert, but weights has shape (N, 0)")
-    if moe_ops.uses_triton(x_ND, "moe_experts") and (width % _WIDTH_MULTIPLE or hidden % _WIDTH_MULTIPLE):
+    if (width % _WIDTH_MULTIPLE or hidden % _WIDTH_MULTIPLE) and moe_ops.uses_triton(x_ND, "moe_experts"):
         raise ValueError(
             f"moe_experts: the Triton kernels need D and F to be multiples of {_WIDTH_MULTIPLE}, not {width} and "
             f"{hidden}; set MINICPM_KERNELS=reference for plain torch"
