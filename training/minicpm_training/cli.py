@@ -27,6 +27,16 @@ def _add_json(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--json", action="store_true", help=f"print {what} as JSON")
 
 
+def _add_nproc(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--nproc",
+        type=int,
+        default=1,
+        metavar="N",
+        help="train by N processes of this machine, with a GPU each where there are any (default: %(default)s)",
+    )
+
+
 def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "recipe", nargs="?", metavar="RECIPE", help="a TOML file, or a shipped recipe's name such as tiny"
@@ -46,7 +56,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="end the stable stage early and decay from there, so that all takes at most about M minutes",
     )
-    parser.add_argument("--nproc", type=int, default=1, metavar="N", help="processes (only 1 as yet)")
+    _add_nproc(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and stop")
     _add_json(parser, "the plan or the result")
 
@@ -67,6 +77,7 @@ def _add_decay(parser: argparse.ArgumentParser) -> None:
         "--data", metavar="RECIPE", help="take the decay's mixture (data.decay) from this recipe"
     )
     _add_set(parser)
+    _add_nproc(parser)
     _add_json(parser, "the result")
 
 

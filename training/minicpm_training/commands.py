@@ -1,19 +1,25 @@
-"""What the commands ``train``, ``decay``, ``runs`` and ``eval`` do, given their parsed arguments."""
+"""What the commands ``train``, ``decay``, ``runs`` and ``eval`` do, given their parsed arguments.
+
+With ``--nproc`` the command finds out what is wrong before it starts processes that run the same command line.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import tomllib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minicpm_edge.cli import EXIT_INTERRUPTED
 from minicpm_edge.errors import UserError
 from minicpm_edge.progress import Progress
+from minicpm_training import distributed
 from minicpm_training.interrupts import stop_on_signals
 from minicpm_training.recipe import Recipe
 from minicpm_training.recipe_changes import refuse_another_run
@@ -26,14 +32,19 @@ if TYPE_CHECKING:
 
 def train(arguments: argparse.Namespace) -> int:
     """Start a run, or with ``--resume`` go on with one."""
+    if arguments.dry_run:
+        return _dry_run(arguments)
+    with distributed.joined():
+        return _train(arguments)
+
+
+def _train(arguments: argparse.Namespace) -> int:
     from minicpm_training.session import train_run
     from minicpm_training.time_budget import train_within
 
-    if arguments.nproc != 1:
-        raise UserError("--nproc: only one process is supported as yet; give 1")
-    if arguments.dry_run:
-        return _dry_run(arguments)
-    recipe, run = _resumed(arguments) if arguments.resume is not None else _started(arguments)
+    start = _resumed if arguments.resume is not None else _started
+    recipe, run = distributed.agree(lambda: start(arguments))
+    num_processes = _num_processes(arguments, recipe)
     if arguments.minutes is not None:
         if not arguments.minutes > 0:
             raise UserError(f"--minutes {arguments.minutes:g}: give more than 0")
@@ -41,6 +52,9 @@ def train(arguments: argparse.Namespace) -> int:
             raise UserError(
                 "--minutes is for schedule.kind 'wsd': a cosine's length must be known from the start"
             )
+    if num_processes > distributed.size():
+        recipe_word = [arguments.recipe] if arguments.recipe else []
+        return distributed.launch(["train", *recipe_word, *_options(arguments)], num_processes)
     with _watcher() as watcher:
         if arguments.minutes is not None:
             finished = train_within(recipe, run, watcher, seconds=arguments.minutes * 60)
@@ -51,6 +65,11 @@ def train(arguments: argparse.Namespace) -> int:
 
 def decay(arguments: argparse.Namespace) -> int:
     """Branch a decay off one of a run's trunk checkpoints, or go on with the same one."""
+    with distributed.joined():
+        return _decay(arguments)
+
+
+def _decay(arguments: argparse.Namespace) -> int:
     from minicpm_training.session import decay_branch, train_branch
 
     run = open_run(arguments.run)
@@ -67,11 +86,14 @@ def decay(arguments: argparse.Namespace) -> int:
     recipe = decay_recipe(
         saved_recipe(run.trunk.recipe_path), at, arguments.tokens, arguments.data, arguments.settings
     )
+    num_processes = _num_processes(arguments, recipe)
+    if num_processes > distributed.size():
+        return distributed.launch(["decay", arguments.run, *_options(arguments)], num_processes)
     settings = [word for setting in arguments.settings for word in ("--set", setting)]
     data = ["--data", arguments.data] if arguments.data else []
     go_on = ["decay", str(run.folder), "--at", str(at), "--tokens", str(arguments.tokens), *data, *settings]
     with _watcher() as watcher:
-        branch = decay_branch(run, recipe)
+        branch = distributed.agree(lambda: decay_branch(run, recipe))
         finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
     return _ended(run, finished, go_on=go_on, as_json=arguments.json)
 
@@ -181,7 +203,7 @@ def _dry_run(arguments: argparse.Namespace) -> int:
         recipe, _ = _resumed(arguments)
     else:
         recipe = load_recipe(arguments.recipe, arguments.settings)
-    summary = plan(recipe)
+    summary = plan(recipe, num_processes=_num_processes(arguments, recipe))
     print(json.dumps(summary, indent=2) if arguments.json else render(summary))
     return 0
 
@@ -212,18 +234,51 @@ def _decay_sources(recipe: str) -> Sequence[Any]:
     return load_recipe(recipe).data.decay_or_stable
 
 
+def _num_processes(arguments: argparse.Namespace, recipe: Recipe) -> int:
+    """How many processes are to train, checked: those of ``--nproc``, or of a launcher that is there already."""
+    if arguments.nproc < 1:
+        raise UserError(f"--nproc {arguments.nproc}: give at least 1")
+    num_processes: int = arguments.nproc if distributed.size() == 1 else distributed.size()
+    if arguments.nproc not in (1, num_processes):
+        raise UserError(
+            f"--nproc {arguments.nproc}: {num_processes} processes are started already; leave it out"
+        )
+    distributed.check(recipe, num_processes)
+    return num_processes
+
+
+def _options(arguments: argparse.Namespace) -> list[str]:
+    """The options that were given, but ``--nproc``, as words of a command line."""
+    words = [f"--set={setting}" for setting in arguments.settings]
+    for name in ("out", "minutes", "at", "tokens", "data", "resume"):
+        value = getattr(arguments, name, None)
+        if value is not None:
+            words.append(f"--{name}={value}" if value != "" else f"--{name}")
+    return words + [f"--{name}" for name in ("json", "debug") if getattr(arguments, name)]
+
+
 @contextmanager
 def _watcher() -> Iterator[Watcher]:
     from minicpm_training.session import Watcher
 
-    with stop_on_signals() as should_stop, Progress() as progress:
-        yield Watcher(progress=progress, should_stop=should_stop)
+    if distributed.size() == 1:
+        with stop_on_signals() as should_stop, Progress() as progress:
+            yield Watcher(progress=progress, should_stop=should_stop)
+        return
+    with (
+        Path(os.devnull).open("w", encoding="utf-8") as nowhere,
+        stop_on_signals(insist=False) as asked,
+        Progress(None if distributed.is_main() else nowhere) as progress,
+    ):
+        yield Watcher(progress=progress, should_stop=lambda: distributed.agree_to_stop(asked()))
 
 
 def _ended(run: Run, finished: bool, *, go_on: Sequence[str], as_json: bool) -> int:
-    if as_json:
+    if distributed.size() > 1:
+        go_on = [*go_on, "--nproc", str(distributed.size())]
+    if as_json and distributed.is_main():
         print(json.dumps(_describe(run), indent=2))
-    else:
+    elif distributed.is_main():
         _print_result(run, finished, go_on)
     return 0 if finished else EXIT_INTERRUPTED
 

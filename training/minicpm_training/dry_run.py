@@ -22,8 +22,11 @@ LIBRARY_BYTES = 1 << 30
 LOGIT_CHUNK_TOKENS = 4096  # rows of logits that the loss holds at once, at most
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """The whole plan as plain values, for printing and for ``--json``. Sets and tokenizer may be missing yet."""
+def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
+    """The whole plan as plain values, for printing and for ``--json``. Sets and tokenizer may be missing yet.
+
+    Micro-batches and memory are those of each process.
+    """
     config, vocabulary = _config(recipe)
     schedule, steps = recipe.lr_schedule(), recipe.total_steps
     num_active = count_parameters(config, active=True)
@@ -31,6 +34,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.precision, device)
     peak, peak_source = peak_flops(device, precision)
+    if device.type == "cuda":  # one each; CPUs are shared
+        peak *= num_processes
     total_flops = per_token * steps * recipe.batch_tokens
     stages = {"stable": (recipe.data.stable, recipe.trunk_steps)}
     if recipe.schedule.decay_tokens:
@@ -55,7 +60,8 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         },
         "steps": steps,
         "batch_tokens": recipe.batch_tokens,
-        "micro_batches": -(-recipe.rows_per_step // recipe.rows_per_micro_batch),
+        "num_processes": num_processes,
+        "micro_batches": -(-recipe.rows_per_step // num_processes // recipe.rows_per_micro_batch),
         "tokens": steps * recipe.batch_tokens,
         "flops": total_flops,
         "device": str(device),
@@ -63,7 +69,9 @@ def plan(recipe: Recipe) -> dict[str, Any]:
         "peak_flops": peak,
         "peak_flops_source": peak_source,
         "seconds_at_40_percent_of_peak": total_flops / (ASSUMED_MFU * peak),
-        "memory_bytes": memory(recipe, config, half_precision=precision == "bf16"),
+        "memory_bytes": memory(
+            recipe, config, half_precision=precision == "bf16", num_processes=num_processes
+        ),
         "learning_rate": {
             name: {
                 "step": step + 1,
@@ -80,11 +88,17 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def memory(recipe: Recipe, config: ModelConfig, *, half_precision: bool) -> dict[str, int]:
-    """An estimate in bytes. Weights, gradients and two moments are float32; activations those that backward needs.
+def memory(
+    recipe: Recipe, config: ModelConfig, *, half_precision: bool, num_processes: int = 1
+) -> dict[str, int]:
+    """An estimate in bytes, for each process.
 
-    A layer keeps, for each token: the residual (twice, with each norm's output), queries, keys and values before and
-    after rotation, the mixed values, gate, up and their product. The loss holds one chunk of logits and its gradient.
+    Weights, gradients and two moments are float32; activations those that backward needs. A layer keeps, for each
+    token: the residual (twice, with each norm's output), queries, keys and values before and after rotation, the mixed
+    values, gate, up and their product. The loss holds one chunk of logits and its gradient.
+
+    Of several processes each has its share of the float32 tensors and gathers what is at work: weights of embedding,
+    head and two layers, gradients of embedding, head and one. Half-precision weights stay whole until backward.
     """
     size = 2 if half_precision else 4
     num_parameters = count_parameters(config, embeddings=True)
@@ -92,11 +106,15 @@ def memory(recipe: Recipe, config: ModelConfig, *, half_precision: bool) -> dict
     attention = (3 * heads + 3 * kv_heads) * config.head_dim
     feed_forward = 3 * config.intermediate_size * max(1, config.num_experts_per_tok)
     per_layer = size * (2 * config.hidden_size + attention + feed_forward) + 4 * 2 * config.hidden_size
-    num_tokens = recipe.rows_per_micro_batch * recipe.data.sequence_length
+    rows = min(recipe.rows_per_micro_batch, recipe.rows_per_step // num_processes)
+    num_tokens = rows * recipe.data.sequence_length
+    num_in_layer = count_parameters(config) // config.num_hidden_layers
+    num_outside = num_parameters - num_in_layer * config.num_hidden_layers
     parts = {
-        "weights": 4 * num_parameters,
-        "gradients": 4 * num_parameters,
-        "optimizer": 8 * num_parameters,
+        "weights": 4 * num_parameters // num_processes,
+        "gradients": 4 * num_parameters // num_processes,
+        "optimizer": 8 * num_parameters // num_processes,
+        "gathered": 4 * (2 * num_outside + 3 * num_in_layer) if num_processes > 1 else 0,
         "half_precision_weights": 2 * num_parameters if half_precision else 0,
         "activations": num_tokens * config.num_hidden_layers * per_layer,
         "libraries": LIBRARY_BYTES,
@@ -107,18 +125,19 @@ def memory(recipe: Recipe, config: ModelConfig, *, half_precision: bool) -> dict
 
 def render(summary: Mapping[str, Any]) -> str:
     """The plan as text."""
-    model, memory_bytes = summary["model"], summary["memory_bytes"]
+    model, memory_bytes, num_processes = summary["model"], summary["memory_bytes"], summary["num_processes"]
+    each = f" for each of {num_processes} processes" if num_processes > 1 else ""
     lines = [
         f"run           {summary['name'] or '(unnamed)'}",
         f"model         {model['preset']}: {model['layers']} layers, width {model['width']}, "
         f"vocabulary {model['vocabulary']:,} (of the {model['vocabulary_from']})",
         f"parameters    {model['parameters']:,}, without the embedding {model['parameters_without_embedding']:,}",
         f"tokens        {summary['tokens']:,} = {summary['steps']:,} steps of {summary['batch_tokens']:,} "
-        f"in {summary['micro_batches']} micro-batches",
+        f"in {summary['micro_batches']} micro-batches" + each,
         f"FLOPs         {summary['flops']:.3g}; at 40 % of this machine's {summary['peak_flops']:.3g} FLOP/s "
         f"({summary['peak_flops_source']}) {duration(summary['seconds_at_40_percent_of_peak'])}",
         f"device        {summary['device']}, {summary['precision']}",
-        f"memory        about {memory_bytes['total'] / 2**30:.2f} GiB: "
+        f"memory        about {memory_bytes['total'] / 2**30:.2f} GiB{each}: "
         + ", ".join(
             f"{name.replace('_', ' ')} {value / 2**30:.2f}"
             for name, value in memory_bytes.items()

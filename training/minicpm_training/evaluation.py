@@ -19,6 +19,7 @@ import torch
 from minicpm_edge.errors import UserError
 from minicpm_edge.model import MiniCPM
 from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training import distributed
 from minicpm_training.data.batches import rows_to_batch
 from minicpm_training.data.token_set import TokenSet
 from minicpm_training.recipe import Recipe, ValidationSet
@@ -109,17 +110,22 @@ class Validation:
     def measure(
         self, model: MiniCPM, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> ValidationResult:
-        """The model's loss on the rows, within documents. Leaves the model's mode as it was."""
+        """The model's loss on the rows, within documents. Leaves the model's mode as it was.
+
+        Several processes measure a batch each at a time, and add up.
+        """
         device = model.embedding.weight.device
         rows_at_once = max(1, BATCH_TOKENS // self.sequence_length)
         cross_entropy, num_tokens, num_bytes = 0.0, 0, 0
         was_training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            for start in range(0, len(self.rows), rows_at_once):
-                batch = rows_to_batch(
-                    self.tokens, self.rows[start : start + rows_at_once], self.sequence_length
-                )
+            last = len(self.rows) - 1
+            for first in range(0, len(self.rows), rows_at_once * distributed.size()):
+                start = first + rows_at_once * distributed.rank()
+                rows = self.rows[start : start + rows_at_once]
+                # All processes take part in every forward, those that have no rows left with the last one.
+                batch = rows_to_batch(self.tokens, rows or self.rows[last:], self.sequence_length)
                 targets = batch.targets_BT[batch.targets_BT >= 0].numpy()
                 on_device = batch.to(device)
                 loss = model.loss(
@@ -128,14 +134,15 @@ class Validation:
                     cu_seqlens=on_device.cu_seqlens,
                     max_seqlen=on_device.max_seqlen,
                 )
-                cross_entropy += float(loss.cross_entropy)
-                num_tokens += targets.size
-                num_bytes += int(self.token_bytes[targets].sum())
+                if rows:
+                    cross_entropy += float(loss.cross_entropy)
+                    num_tokens += targets.size
+                    num_bytes += int(self.token_bytes[targets].sum())
         model.train(was_training)
         return ValidationResult(
-            cross_entropy=cross_entropy,
-            num_tokens=num_tokens,
-            num_bytes=num_bytes * self.bytes_per_token_byte,
+            cross_entropy=distributed.total(cross_entropy),
+            num_tokens=distributed.total(num_tokens),
+            num_bytes=distributed.total(num_bytes) * self.bytes_per_token_byte,
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training import distributed
 from minicpm_training.data.batches import Batch, BatchStream
 from minicpm_training.data.mixture import RowPlan, Stage
 from minicpm_training.data.token_set import TokenSet
@@ -15,7 +16,7 @@ from minicpm_training.trainer import Feed
 
 
 def open_feed(recipe: Recipe, tokenizer: Tokenizer) -> Feed:
-    """The recipe's batches.
+    """The recipe's batches: of each update's rows, this process's share.
 
     Raises :class:`UserError` for a set that is missing, damaged, too short, or of another tokenizer.
     """
@@ -29,9 +30,12 @@ def open_feed(recipe: Recipe, tokenizer: Tokenizer) -> Feed:
     plan = RowPlan(seed=recipe.seed, stages=stages, num_rows=num_rows)
     stream = BatchStream(sets=sets, plan=plan, sequence_length=length)
 
+    num_own_rows, rank = recipe.rows_per_step // distributed.size(), distributed.rank()
+
     def feed(step: int) -> list[Batch]:
-        end = (step + 1) * recipe.rows_per_step
-        starts = range(step * recipe.rows_per_step, end, recipe.rows_per_micro_batch)
+        start = step * recipe.rows_per_step + rank * num_own_rows
+        end = start + num_own_rows
+        starts = range(start, end, recipe.rows_per_micro_batch)
         return [stream.batch(start, min(recipe.rows_per_micro_batch, end - start)) for start in starts]
 
     return feed

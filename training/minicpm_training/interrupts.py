@@ -20,12 +20,15 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """The first SIGINT or SIGTERM asks for a stop; a second one raises ``KeyboardInterrupt`` at once."""
+def stop_on_signals(*, insist: bool = True) -> Iterator[StopRequest]:
+    """The first SIGINT or SIGTERM asks for a stop; a second one raises ``KeyboardInterrupt`` at once.
+
+    Without ``insist`` it does not: of several processes the launcher ends all, and signals may come twice.
+    """
     request = StopRequest()
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        if request.requested:
+        if request.requested and insist:
             raise KeyboardInterrupt
         request.requested = True
 

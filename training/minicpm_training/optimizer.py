@@ -15,6 +15,7 @@ from torch.optim import AdamW
 from minicpm_edge.config import ModelConfig
 from minicpm_edge.errors import UserError
 from minicpm_edge.scaling import EmbeddingRule, Rule, role_of, rules
+from minicpm_training.distributed import share_of
 from minicpm_training.recipe import OptimizerSection
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -82,5 +83,9 @@ def load_optimizer_tensors(model: nn.Module, optimizer: AdamW, tensors: Mapping[
                 raise UserError(
                     f"optimizer.safetensors does not fit the model: {name}.{key} is missing or misshapen"
                 )
-            state[key] = tensor.to(device=parameter.device, dtype=torch.float32)
+            state[key] = (
+                tensor.to(device=parameter.device, dtype=torch.float32)
+                if key == "step"
+                else share_of(tensor, parameter)
+            )
         optimizer.state[parameter] = state

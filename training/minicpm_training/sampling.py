@@ -7,9 +7,10 @@ import torch
 from minicpm_edge.attention import KVCache
 from minicpm_edge.model import MiniCPM
 from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training.distributed import agree
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what FSDP gathers here is trained on later
 def complete(model: MiniCPM, tokenizer: Tokenizer, prompt: str, *, max_tokens: int) -> str:
     """The greedy continuation of a prompt at the start of a document, without the prompt.
 
@@ -23,7 +24,7 @@ def complete(model: MiniCPM, tokenizer: Tokenizer, prompt: str, *, max_tokens: i
     new_ids: list[int] = []
     input_ids_BT = torch.tensor([ids], device=device)
     while len(new_ids) < room:
-        next_id = int(model(input_ids_BT, cache=cache)[0, -1].argmax())
+        next_id = int(agree(model(input_ids_BT, cache=cache)[0, -1].argmax().item))
         if next_id in tokenizer.stop_ids:
             break
         new_ids.append(next_id)

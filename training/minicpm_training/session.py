@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,7 @@ from minicpm_edge.errors import UserError
 from minicpm_edge.model import MiniCPM, count_parameters
 from minicpm_edge.progress import Progress
 from minicpm_edge.tokenizer import Tokenizer
+from minicpm_training import distributed
 from minicpm_training.callbacks import Every, Metrics, TensorBoard
 from minicpm_training.evaluation import Validation, open_validation
 from minicpm_training.feed import open_feed
@@ -62,7 +63,8 @@ def train_run(recipe: Recipe, run: Run, watcher: Watcher) -> bool:
     if not recipe.schedule.decay_tokens:
         return True
     tip = run.trunk.checkpoint(recipe.trunk_steps)
-    return train_branch(recipe, run, decay_branch(run, recipe), tip, watcher)
+    branch = distributed.agree(lambda: decay_branch(run, recipe))
+    return train_branch(recipe, run, branch, tip, watcher)
 
 
 def decay_branch(run: Run, recipe: Recipe) -> Branch:
@@ -83,8 +85,9 @@ def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, w
     however often it was stopped. Returns False if stopped before the end, with a checkpoint saved.
     """
     until_step = recipe.trunk_steps if start is None else recipe.total_steps
-    branch.remove_stale()
-    steps = branch.steps()
+    if distributed.is_main():
+        branch.remove_stale()
+    steps = distributed.agree(branch.steps)
     resume_from = branch.checkpoint(steps[-1]) if steps else start
     step = steps[-1] if steps else 0
     if step > until_step:
@@ -124,16 +127,21 @@ class Session:
     def train(self, until_step: int, watcher: Watcher) -> bool:
         """Train up to ``until_step``; False if stopped before."""
         trainer = self.trainer()
-        self.branch.folder.mkdir(parents=True, exist_ok=True)
-        write_text(self.branch.recipe_path, to_toml(self.recipe))
-        write_text(self.branch.folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
-        self.branch.truncate_metrics(trainer.step)
+        if distributed.is_main():
+            self._open_folder(trainer.step)
         trainer.callbacks = self._callbacks(until_step, watcher.progress)
         return trainer.run(until_step, watcher.should_stop)
 
+    def _open_folder(self, step: int) -> None:
+        self.branch.folder.mkdir(parents=True, exist_ok=True)
+        write_text(self.branch.recipe_path, to_toml(self.recipe))
+        record = {**environment(), "num_processes": distributed.size()}
+        write_text(self.branch.folder / "environment.json", json.dumps(record, indent=2) + "\n")
+        self.branch.truncate_metrics(step)
+
     @cached_property
     def device(self) -> torch.device:
-        return choose_device(self.recipe.device)
+        return distributed.own_device(choose_device(self.recipe.device))
 
     @cached_property
     def precision(self) -> Precision:
@@ -171,6 +179,7 @@ class Session:
             with torch.device(self.device):
                 model = MiniCPM(self.config)
             model.init_weights(seed=recipe.seed, embedding_rule=rule)
+            distributed.shard(model, self.device)
             optimizer = build_optimizer(model, self.config, recipe.optimizer, embedding_rule=rule)
             return model, optimizer, 0
         state = read_state(self.resume_from)
@@ -180,22 +189,27 @@ class Session:
         return model, optimizer, state.step
 
     def _callbacks(self, until_step: int, progress: Progress) -> list[Callback]:
-        """Watchers in their order: a checkpoint comes last, so that what it resumes from has been measured."""
+        """Watchers in their order: a checkpoint comes last, so that what it resumes from has been measured.
+
+        Of several processes one watches alone; the others take part in what needs the whole model.
+        """
         recipe = self.recipe
         peak, _ = peak_flops(self.device, self.precision)
         num_parameters = count_parameters(self.config, active=True)
         validations = [open_validation(entry, recipe, self.tokenizer) for entry in recipe.data.valid]
-        callbacks: list[Callback] = [
-            Metrics(
-                branch=self.branch,
-                progress=progress,
-                every=recipe.log.every,
-                until_step=until_step,
-                flops_per_token=flops_per_token(self.config, num_parameters, recipe.data.sequence_length),
-                peak_flops=peak,
-                sinks=(TensorBoard(self.branch),) if recipe.log.tensorboard else (),
+        callbacks: list[Callback] = []
+        if distributed.is_main():
+            callbacks.append(
+                Metrics(
+                    branch=self.branch,
+                    progress=progress,
+                    every=recipe.log.every,
+                    until_step=until_step,
+                    flops_per_token=flops_per_token(self.config, num_parameters, recipe.data.sequence_length),
+                    peak_flops=peak * distributed.size(),
+                    sinks=(TensorBoard(self.branch),) if recipe.log.tensorboard else (),
+                )
             )
-        ]
         if validations:
             callbacks.append(
                 Every(
@@ -207,7 +221,8 @@ class Session:
             callbacks.append(
                 Every(action=lambda trainer: self._sample(trainer, progress), every=recipe.sample.every)
             )
-        callbacks.append(Every(action=self._plot, every=recipe.evaluation.every))
+        if distributed.is_main():
+            callbacks.append(Every(action=self._plot, every=recipe.evaluation.every))
         callbacks.append(
             Every(
                 action=lambda trainer: self._save(trainer, finished=trainer.step >= until_step),
@@ -222,9 +237,8 @@ class Session:
             validation.name: validation.measure(trainer.model, trainer.autocast).bits_per_byte
             for validation in validations
         }
-        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "valid": bits})
         shown = "  ".join(f"{name} {value:.4f}" for name, value in bits.items())
-        progress.message(f"step {trainer.step}  validation, bits per byte: {shown}")
+        self._tell(trainer, {"valid": bits}, [f"validation, bits per byte: {shown}"], progress)
 
     def _sample(self, trainer: Trainer, progress: Progress) -> None:
         settings = self.recipe.sample
@@ -235,11 +249,16 @@ class Session:
             }
             for prompt in settings.prompts
         ]
-        self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, "samples": samples})
-        for sample in samples:
-            progress.message(
-                f"step {trainer.step}  {sample['prompt']} →{json.dumps(sample['text'], ensure_ascii=False)}"
-            )
+        shown = [f"{entry['prompt']} →{json.dumps(entry['text'], ensure_ascii=False)}" for entry in samples]
+        self._tell(trainer, {"samples": samples}, shown, progress)
+
+    def _tell(
+        self, trainer: Trainer, entry: dict[str, object], lines: Sequence[str], progress: Progress
+    ) -> None:
+        if distributed.is_main():
+            self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, **entry})
+            for line in lines:
+                progress.message(f"step {trainer.step}  {line}")
 
     def _plot(self, trainer: Trainer) -> None:
         plot_run(self.run)
@@ -260,6 +279,8 @@ class Session:
             state,
             tokenizer=Path(recipe.data.tokenizer),
         )
+        if not distributed.is_main():
+            return
         protect = self.run.branch_points() if self.branch == self.run.trunk else frozenset[int]()
         self.branch.prune(
             keep=recipe.checkpoint.keep, keep_every=recipe.checkpoint.keep_every, protect=protect

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from minicpm_edge.checkpoint import load_checkpoint, save_checkpoint, verify_manifest
 from minicpm_edge.errors import UserError
 from minicpm_edge.model import MiniCPM
+from minicpm_training import distributed
 from minicpm_training.optimizer import load_optimizer_tensors, optimizer_tensors
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
@@ -38,21 +39,25 @@ class TrainingState(BaseModel):
 def save_state(
     folder: Path, model: MiniCPM, optimizer: AdamW, state: TrainingState, *, tokenizer: Path | None
 ) -> None:
-    """Write a checkpoint atomically; the master weights are in model.safetensors as float32."""
+    """Write a checkpoint atomically; the master weights are in model.safetensors as float32.
+
+    Of several processes all take part, and all wait until it is written.
+    """
+    distributed.reshard(model)
+    model, tensors = distributed.gathered(model, optimizer_tensors(model, optimizer))
 
     def write_extra_files(temporary: Path) -> None:
         save_file(
-            {
-                name: tensor.detach().cpu().contiguous()
-                for name, tensor in optimizer_tensors(model, optimizer).items()
-            },
+            {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary / OPTIMIZER_FILE,
         )
         (temporary / STATE_FILE).write_text(
             state.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n"
         )
 
-    save_checkpoint(folder, model, tokenizer=tokenizer, extra_files=write_extra_files)
+    if distributed.is_main():
+        save_checkpoint(folder, model, tokenizer=tokenizer, extra_files=write_extra_files)
+    distributed.barrier()
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -69,8 +74,12 @@ def read_state(folder: Path) -> TrainingState:
 
 def load_model_for_training(folder: Path, *, device: torch.device) -> MiniCPM:
     """The float32 model of a checkpoint, its files checked against their hashes first."""
-    verify_manifest(folder)
-    return load_checkpoint(folder, device=device).train()
+    distributed.agree(lambda: verify_manifest(folder))
+    if distributed.size() == 1:
+        return load_checkpoint(folder, device=device).train()
+    model = load_checkpoint(folder).train()  # on the CPU: a GPU holds no more than this process's share
+    distributed.shard(model, device)
+    return model
 
 
 def restore_optimizer(folder: Path, model: MiniCPM, optimizer: AdamW) -> None:

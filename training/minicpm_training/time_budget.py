@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from minicpm_training.distributed import agree
 from minicpm_training.recipe import Recipe
 from minicpm_training.run import Run
 from minicpm_training.session import Watcher, train_branch, train_run
@@ -61,7 +62,7 @@ def train_within(recipe: Recipe, run: Run, watcher: Watcher, *, seconds: float) 
     """As :func:`minicpm_training.session.train_run`, with the trunk cut so that all ends within about ``seconds``."""
     steps = run.trunk.steps()
     budget = TimeBudget(recipe=recipe, seconds=seconds, first_step=steps[-1] if steps else 0)
-    limited = replace(watcher, should_stop=lambda: watcher.should_stop() or budget.is_spent())
+    limited = replace(watcher, should_stop=lambda: watcher.should_stop() or agree(budget.is_spent))
     if not train_branch(recipe, run, run.trunk, None, limited):
         if watcher.should_stop():
             return False

@@ -16,6 +16,7 @@ from torch.optim import AdamW
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model import MiniCPM
+from minicpm_training import distributed
 from minicpm_training.data.batches import Batch
 from minicpm_training.hardware import Precision, dtype_of
 from minicpm_training.objectives import Objective
@@ -86,7 +87,7 @@ class Trainer:
         """
         start = time.perf_counter()
         micro_batches = self.feed(self.step)
-        num_targets = max(1, sum(batch.num_targets for batch in micro_batches))
+        num_targets = max(1, distributed.total(sum(batch.num_targets for batch in micro_batches)))
 
         self.optimizer.zero_grad(set_to_none=True)
         cross_entropy = torch.zeros((), device=self.device)
@@ -97,7 +98,9 @@ class Trainer:
             cross_entropy += loss.cross_entropy
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
-        mean_loss, norm = torch.stack([cross_entropy / num_targets, grad_norm]).tolist()  # the only sync
+        grad_norm = distributed.whole(grad_norm)
+        own_loss, norm = torch.stack([cross_entropy / num_targets, grad_norm]).tolist()  # the only sync
+        mean_loss = distributed.total(own_loss)
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise NonFiniteLossError(self._describe_non_finite(mean_loss, norm, micro_batches))
 
@@ -105,7 +108,7 @@ class Trainer:
         set_learning_rate(self.optimizer, lr)
         self.optimizer.step()
 
-        num_tokens = sum(batch.input_ids_BT.numel() for batch in micro_batches)
+        num_tokens = distributed.size() * sum(batch.input_ids_BT.numel() for batch in micro_batches)
         stage = self.schedule.stage(self.step)
         self.step += 1
         self.tokens += num_tokens
@@ -132,7 +135,8 @@ class Trainer:
 
     def _describe_non_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        rows = "; ".join(batch.describe() for batch in batches)
+        own_rows = "; ".join(batch.describe() for batch in batches)
+        rows = "; ".join(distributed.collect(own_rows))
         return (
             f"update {self.step + 1}: {what}, so the run stops before it changes the weights; batch: {rows}. "
             "The last checkpoint is good: look at those rows, or lower schedule.peak_lr, and resume"
