@@ -9,16 +9,17 @@ reported.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
-from common import GateError, Row, gate, run_benchmark, time_ms
+from common import GateError, Row, attempt, gate, missing, run_benchmark, time_ms
 from minicpm_kernels import attention
 from minicpm_kernels.attention_reference import attention_reference
 from torch import Tensor
@@ -100,45 +101,50 @@ def ours(shape: Shape, *, deterministic: bool) -> Peer:
 
 def torch_sdpa(shape: Shape, backend: SDPBackend) -> Peer:
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        batch = (x.unflatten(0, (len(shape.lengths), -1)).transpose(1, 2) for x in (q, k, v))
+        q, k, v = (x.unflatten(0, (len(shape.lengths), -1)).transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(
-                *batch, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
+                q, k, v, is_causal=True, enable_gqa=shape.heads != shape.kv_heads
             )
         return out.transpose(1, 2).flatten(0, 1)
 
     return run
 
 
-@cache
-def compiled_flex() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
-
-
 def flex(shape: Shape) -> Peer:
     """With the mask of the documents; making that mask is not timed."""
-    cu_seqlens = cu_seqlens_of(shape)
-    document = torch.repeat_interleave(torch.arange(len(shape.lengths), device="cuda"), cu_seqlens.diff())
 
-    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return (query >= key) & (document[query] == document[key])
+    @cache
+    def prepared() -> tuple[Any, Any]:
+        # Afresh for every shape: after eight of its kind the compiler would leave the op to its slow, plain form.
+        torch.compiler.reset()
+        cu_seqlens = cu_seqlens_of(shape)
+        document = torch.repeat_interleave(torch.arange(len(shape.lengths), device="cuda"), cu_seqlens.diff())
 
-    mask = create_block_mask(visible, None, None, NUM_TOKENS, NUM_TOKENS, device="cuda")
+        def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (document[query] == document[key])
+
+        mask = create_block_mask(visible, None, None, NUM_TOKENS, NUM_TOKENS, device="cuda")
+        return torch.compile(flex_attention, dynamic=False), mask
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        compiled, mask = prepared()
         batch = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = compiled_flex()(*batch, block_mask=mask, enable_gqa=shape.heads != shape.kv_heads)
-        return out[0].transpose(0, 1)
+        out: Tensor = compiled(*batch, block_mask=mask, enable_gqa=shape.heads != shape.kv_heads)[0]
+        return out.transpose(0, 1)
 
     return run
 
 
 def varlen(shape: Shape) -> Peer:
     cu_seqlens, longest = cu_seqlens_of(shape), max(shape.lengths)
-    return lambda q, k, v: varlen_attn(
-        q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-        window_size=(-1, 0), enable_gqa=shape.heads != shape.kv_heads,
-    )  # fmt: skip
+    grouped = shape.heads != shape.kv_heads
+    # torch 2.11 takes grouped heads without being told, and has no such argument.
+    options: dict[str, Any] = (
+        {"enable_gqa": grouped} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    )
+    run: Any = partial(varlen_attn, window_size=(-1, 0), **options)
+    return lambda q, k, v: run(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
 
 
 def peers(shape: Shape) -> dict[str, Peer]:
@@ -194,38 +200,27 @@ def check(shape: Shape) -> None:
 def time_peer(shape: Shape, name: str, peer: Peer) -> list[Row]:
     """Forward and backward; a peer that refuses the shape or is not built in gets a line that says so."""
     q, k, v, d_out = inputs(shape)
-    rows = []
-    try:
+
+    def forward() -> float:
+        return time_ms(lambda: peer(q.detach(), k.detach(), v.detach()))
+
+    def backward() -> float:
         out = peer(q, k, v)
-        forward_ms = time_ms(lambda: peer(q.detach(), k.detach(), v.detach()))
-        backward_ms = time_ms(lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True))
-    except (RuntimeError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0][:80]
-        return [
-            Row(
-                op=f"attention {direction}",
-                shape=shape.name,
-                peer=name,
-                milliseconds=None,
-                rate=None,
-                rate_unit="TFLOP/s",
-                note=reason,
-            )
-            for direction in ("forward", "backward")
-        ]
-    for direction, ms, flop in (
-        ("forward", forward_ms, shape.forward_flop),
-        ("backward", backward_ms, 2.5 * shape.forward_flop),
+        return time_ms(lambda: torch.autograd.grad(out, (q, k, v), d_out, retain_graph=True))
+
+    rows = []
+    for direction, timed, flop in (
+        ("forward", forward, shape.forward_flop),
+        ("backward", backward, 2.5 * shape.forward_flop),
     ):
+        op, unit = f"attention {direction}", "TFLOP/s"
+        ms, note = attempt(timed)
+        if ms is None:
+            rows.append(missing(op, shape.name, name, unit, note))
+            continue
+        rate = flop / ms / 1e9
         rows.append(
-            Row(
-                op=f"attention {direction}",
-                shape=shape.name,
-                peer=name,
-                milliseconds=ms,
-                rate=flop / ms / 1e9,
-                rate_unit="TFLOP/s",
-            )
+            Row(op=op, shape=shape.name, peer=name, milliseconds=ms, rate=rate, rate_unit=unit, note=note)
         )
     return rows
 
@@ -241,7 +236,7 @@ def replaced(module: Any, name: str, tiles: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def tune() -> list[Row]:
+def tune(shape: Shape) -> Iterator[list[Row]]:
     """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
     from minicpm_kernels import attention_triton_bwd, attention_triton_fwd
     from minicpm_kernels.attention_schedule import Tiles
@@ -265,20 +260,17 @@ def tune() -> list[Row]:
             (backward, "dq_tiles", [tiles(128, 64, 8, s) for s in (1, 2, 3)]),
         ],
     }
-    rows = []
-    for shape in SHAPES:
-        for module, name, choices in candidates[shape.head_dim]:
-            for choice in choices:
-                with replaced(module, name, choice):
-                    check(shape)
-                    label = (
-                        f"{name} {choice.block_q}x{choice.block_k} w{choice.num_warps} s{choice.num_stages}"
-                    )
-                    for deterministic in (False, True):
-                        peer = ours(shape, deterministic=deterministic)
-                        suffix = ", deterministic" if deterministic else ""
-                        rows += time_peer(shape, label + suffix, peer)
-    return rows
+    for module, name, choices in candidates[shape.head_dim]:
+        for choice in choices:
+            label = f"{name} {choice.block_q}x{choice.block_k} w{choice.num_warps} s{choice.num_stages}"
+            with replaced(module, name, choice):
+                _, fault = attempt(partial(check, shape))
+                if fault:
+                    yield [missing("attention", shape.name, label, "TFLOP/s", fault)]
+                    continue
+                for deterministic in (False, True):
+                    suffix = ", deterministic" if deterministic else ""
+                    yield time_peer(shape, label + suffix, ours(shape, deterministic=deterministic))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What every kernel benchmark shares: timing on the card, the correctness gate, and result files.
 
-A benchmark times all peers in one run on one card, refuses to report when its own results are wrong, and
-writes `results/NAME.json` with date, hardware and versions. README tables are made from those files only.
+A benchmark times all peers in one run on one card, refuses to time when its own results are wrong, and writes
+`results/NAME.json` with date, hardware and versions after every peer, so that a run cut short keeps what it has. A peer
+that is absent or fails is a line that says so. README tables are made from those files only.
 """
 
 from __future__ import annotations
@@ -12,17 +13,21 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 BF16_PEAK_TFLOPS = 989.0  # dense bf16 of an H100 or H200 SXM, the denominator of every MFU here
+
+T = TypeVar("T")
 
 
 class GateError(RuntimeError):
@@ -96,6 +101,19 @@ def peak_memory_mib(function: Callable[[], object]) -> float:
     return (torch.cuda.max_memory_allocated() - held) / 2**20
 
 
+def attempt(function: Callable[[], T]) -> tuple[T | None, str]:
+    """(what `function` returns, ""), or (None, why it failed): one peer's fault must not cost the others' lines."""
+    try:
+        return function(), ""
+    except torch.cuda.OutOfMemoryError:
+        return None, "out of memory"
+    except Exception as error:  # noqa: BLE001  peers fail in ways of their own
+        traceback.print_exception(error)
+        return None, f"{type(error).__name__}: {error}".splitlines()[0][:100]
+    finally:
+        torch.cuda.empty_cache()
+
+
 def relative_error(result: torch.Tensor, reference: torch.Tensor) -> float:
     """Root mean square of the difference over that of the reference; NaN or infinity counts as infinite."""
     difference = (result.double() - reference.double()).square().mean().sqrt()
@@ -134,13 +152,12 @@ def optional_peer(distribution: str) -> str | None:
         return None
 
 
-def absent(op: str, shape: str, peer: str, rate_unit: str) -> Row:
-    """The line of a peer that is not installed."""
-    return Row(
-        op=op, shape=shape, peer=peer, milliseconds=None, rate=None, rate_unit=rate_unit, note="absent"
-    )
+def missing(op: str, shape: str, peer: str, rate_unit: str, note: str) -> Row:
+    """The line of a peer that gave no number; `note` says why."""
+    return Row(op=op, shape=shape, peer=peer, milliseconds=None, rate=None, rate_unit=rate_unit, note=note)
 
 
+@cache
 def environment() -> dict[str, Any]:
     """Date, card, driver and the versions a reader needs to repeat a run."""
     result: dict[str, Any] = {
@@ -152,7 +169,7 @@ def environment() -> dict[str, Any]:
         "triton": optional_peer("triton"),
         "liger_kernel": optional_peer("liger-kernel"),
         "cut_cross_entropy": optional_peer("cut-cross-entropy"),
-        "commit": _commit(),
+        "commit": _answer("git", "rev-parse", "--short", "HEAD"),
     }
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -160,20 +177,45 @@ def environment() -> dict[str, Any]:
             "device": properties.name,
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
             "multiprocessors": properties.multi_processor_count,
+            "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     else:
         result |= {"device": platform.processor() or platform.machine(), "cores": os.cpu_count()}
     return result
 
 
-def report(name: str, rows: Sequence[Row], **extra: Any) -> Path:
-    """Print the rows as a table and write them to `results/NAME.json`; returns the file."""
-    for row in rows:
-        time = "-" if row.milliseconds is None else f"{row.milliseconds:.3f} ms"
-        rate = "-" if row.rate is None else f"{row.rate:.4g} {row.rate_unit}"
-        memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB"
-        print(f"{row.op:32} {row.shape:36} {row.peer:24} {time:>12} {rate:>16} {memory:>12} {row.note}")
-    return write_json(name, {"rows": [asdict(row) for row in rows], **extra})
+class Results:
+    """Rows of one benchmark, printed as they come and each time written to `results/NAME.json`."""
+
+    def __init__(self, name: str, **extra: Any) -> None:
+        self._name, self._extra = name, extra
+        self._rows: list[Row] = []
+
+    def add(self, *rows: Row) -> None:
+        """Print and write, marked as not complete."""
+        for row in rows:
+            time = "-" if row.milliseconds is None else f"{row.milliseconds:.3f} ms"
+            rate = "-" if row.rate is None else f"{row.rate:.4g} {row.rate_unit}"
+            memory = "" if row.peak_memory_mib is None else f"{row.peak_memory_mib:.0f} MiB"
+            line = f"{row.op:32} {row.shape:36} {row.peer:24} {time:>12} {rate:>16} {memory:>12} {row.note}"
+            print(line, flush=True)
+        self._rows += rows
+        self._write(complete=False)
+
+    def finish(self) -> None:
+        """Write once more: nothing is missing."""
+        self._write(complete=True)
+
+    def _write(self, *, complete: bool) -> None:
+        rows = [asdict(row) for row in self._rows]
+        write_json(self._name, {"complete": complete, "rows": rows, **self._extra})
+
+
+def report(name: str, rows: Sequence[Row], **extra: Any) -> None:
+    """Print the rows as a table and write them to `results/NAME.json`."""
+    results = Results(name, **extra)
+    results.add(*rows)
+    results.finish()
 
 
 def run_benchmark(
@@ -183,27 +225,30 @@ def run_benchmark(
     check: Callable[[Any], None],
     peers: Callable[[Any], Mapping[str, Any]],
     time_peer: Callable[[Any, str, Any], list[Row]],
-    tune: Callable[[], list[Row]],
+    tune: Callable[[Any], Iterator[list[Row]]],
 ) -> None:
     """A benchmark's command line: check every shape, then time its peers, or with --tune our own other tiles."""
     parser = argparse.ArgumentParser(description=f"time {name} beside its peers")
     parser.add_argument(
         "--tune", action="store_true", help="time other tiles of our kernels instead of peers"
     )
+    parser.add_argument("--only", default="", help="shapes whose name contains this")
     arguments = parser.parse_args()
     require_cuda()
+    shapes = [shape for shape in shapes if arguments.only in shape.name]
+    faults = {shape.name: attempt(partial(check, shape))[1] for shape in shapes}
+    if any(faults.values()):
+        lines = [f"{shape}: {fault or 'right'}" for shape, fault in faults.items()]
+        raise SystemExit("\n".join(["error: a check failed, so nothing is timed", *lines]))
+    results = Results(f"{name}_tune" if arguments.tune else name, gate="passed", shapes=list(faults))
     for shape in shapes:
-        check(shape)
-    if arguments.tune:
-        report(f"{name}_tune", tune())
-        return
-    rows = [
-        row
-        for shape in shapes
-        for label, peer in peers(shape).items()
-        for row in time_peer(shape, label, peer)
-    ]
-    report(name, rows, gate="passed")
+        if arguments.tune:
+            for rows in tune(shape):
+                results.add(*rows)
+            continue
+        for label, peer in peers(shape).items():
+            results.add(*time_peer(shape, label, peer))
+    results.finish()
 
 
 def write_json(name: str, content: dict[str, Any]) -> Path:
@@ -218,15 +263,10 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     return path
 
 
-def _commit() -> str | None:
+def _answer(*command: str) -> str | None:
+    """What a program prints, None where it cannot be asked."""
     try:
-        git = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"],
-            cwd=RESULTS.parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return git.stdout.strip()
+    return done.stdout.strip()

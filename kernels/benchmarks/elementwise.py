@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from common import Row, absent, gate, optional_peer, report, require_cuda, time_ms
+from common import Results, Row, attempt, gate, missing, optional_peer, require_cuda, time_ms
 from minicpm_kernels import rms_norm, rms_norm_residual, rope, rope_tables, swiglu
 from minicpm_kernels.rms_norm import rms_norm_reference, rms_norm_residual_reference
 from minicpm_kernels.rope import rope_reference
@@ -31,7 +32,10 @@ Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One op on one shape; `exact` is its float32 reference, `ops` the peers, ours and eager torch among them."""
+    """One op on one shape; `exact` is its float32 reference, `ops` the peers, ours and eager torch among them.
+
+    `inputs_of` holds what a peer takes instead of `inputs`, where that suits it better.
+    """
 
     name: str
     shape: str
@@ -40,6 +44,7 @@ class Case:
     ops: Mapping[str, Op]
     forward_bytes: int
     backward_bytes: int
+    inputs_of: Mapping[str, tuple[Tensor, ...]] = field(default_factory=dict)
 
 
 def random(*shape: int) -> Tensor:
@@ -127,13 +132,10 @@ def rope_case(liger: Any) -> Case:
         first, second = x_NHC.chunk(2, -1)
         return x_NHC * cos_1NC[0, :, None] + torch.cat([-second, first], -1) * sin_1NC[0, :, None]
 
-    def liger_op(x_NHC: Tensor) -> Tensor:
-        # It turns its input in place; a copy keeps the gate and repeated calls honest, and is timed with it.
-        heads_1HNC = x_NHC.clone().transpose(0, 1)[None]
-        q, k = liger.LigerRopeFunction.apply(
-            heads_1HNC[:, : H // 2], heads_1HNC[:, H // 2 :], cos_1NC, sin_1NC
-        )
-        return torch.cat([q, k], 1)[0].transpose(0, 1)
+    def liger_op(q_NHC: Tensor, k_NHC: Tensor) -> tuple[Tensor, ...]:
+        # It turns its inputs in place where they are not slices, and so they are not here.
+        q_1HNC, k_1HNC = (x.transpose(0, 1)[None] for x in (q_NHC, k_NHC))
+        return tuple(liger.LigerRopeFunction.apply(q_1HNC, k_1HNC, cos_1NC, sin_1NC))
 
     ops: dict[str, Op] = {"ours": lambda x: rope(x, cos_NC2, sin_NC2), "eager": eager}
     ops["torch.compile"] = torch.compile(eager, dynamic=False)
@@ -147,6 +149,7 @@ def rope_case(liger: Any) -> Case:
         ops=ops,
         forward_bytes=2 * N * H * C * 2 + 2 * N * (C // 2) * 4,
         backward_bytes=2 * N * H * C * 2 + 2 * N * (C // 2) * 4,
+        inputs_of={"liger-kernel": (random(N, H // 2, C), random(N, H // 2, C))},
     )
 
 
@@ -164,8 +167,8 @@ def forward_of(op: Op, inputs: tuple[Tensor, ...]) -> tuple[list[Tensor], list[T
     return [result] if isinstance(result, Tensor) else list(result), leaves
 
 
-def measure(case: Case) -> list[Row]:
-    """The gate, then every peer, forward and backward."""
+def check(case: Case) -> None:
+    """The gate."""
     outputs, _ = forward_of(case.ops["eager"], case.inputs)
     upstream = tuple(torch.randn_like(x) for x in outputs)
     exact = run(case.exact, tuple(x.float() for x in case.inputs), upstream)
@@ -175,41 +178,42 @@ def measure(case: Case) -> list[Row]:
         exact,
         run(case.ops["eager"], case.inputs, upstream),
     )
+
+
+def time_peer(case: Case, peer: str) -> list[Row]:
+    """Forward and backward; a peer that fails gets a line that says so."""
+    op, inputs = case.ops[peer], case.inputs_of.get(peer, case.inputs)
+
+    def forward() -> float:
+        with torch.no_grad():
+            return time_ms(lambda: op(*inputs))
+
+    def backward() -> float:
+        outputs, leaves = forward_of(op, inputs)
+        upstream = [torch.randn_like(x) for x in outputs]
+        return time_ms(lambda: torch.autograd.grad(outputs, leaves, upstream, retain_graph=True))
+
     rows = []
-    for peer, op in case.ops.items():
-        outputs, leaves = forward_of(op, case.inputs)
-
-        def forward(op: Op = op) -> None:
-            with torch.no_grad():
-                op(*case.inputs)
-
-        def backward(outputs: list[Tensor] = outputs, leaves: list[Tensor] = leaves) -> None:
-            torch.autograd.grad(outputs, leaves, upstream, retain_graph=True)
-
-        for direction, function, num_bytes in (
-            ("forward", forward, case.forward_bytes),
-            ("backward", backward, case.backward_bytes),
-        ):
-            milliseconds = time_ms(function)
-            rows.append(
-                Row(
-                    op=f"{case.name} {direction}",
-                    shape=case.shape,
-                    peer=peer,
-                    milliseconds=milliseconds,
-                    rate=num_bytes / milliseconds / 1e9,
-                    rate_unit="TB/s",
-                )
-            )
+    for direction, timed, num_bytes in (
+        ("forward", forward, case.forward_bytes),
+        ("backward", backward, case.backward_bytes),
+    ):
+        name, unit = f"{case.name} {direction}", "TB/s"
+        ms, note = attempt(timed)
+        if ms is None:
+            rows.append(missing(name, case.shape, peer, unit, note))
+            continue
+        rate = num_bytes / ms / 1e9
+        rows.append(Row(op=name, shape=case.shape, peer=peer, milliseconds=ms, rate=rate, rate_unit=unit))
     return rows
 
 
-def copy_rows() -> list[Row]:
+def copy_row() -> Row:
     """The ceiling: torch's own copy of a tensor as large as the largest here."""
     source = random(N, 2 * F_WIDTH)
     target = torch.empty_like(source)
     milliseconds = time_ms(lambda: target.copy_(source))
-    row = Row(
+    return Row(
         op="copy",
         shape=f"{N} x {2 * F_WIDTH}",
         peer="torch",
@@ -217,21 +221,26 @@ def copy_rows() -> list[Row]:
         rate=2 * source.nbytes / milliseconds / 1e9,
         rate_unit="TB/s",
     )
-    return [row]
 
 
 def main() -> None:
     require_cuda()
     torch.manual_seed(0)
-    liger = importlib.import_module("liger_kernel.ops") if optional_peer("liger-kernel") else None
-    rows = copy_rows()
-    for make in (rms_norm_case, rms_norm_residual_case, swiglu_case, rope_case):
-        case = make(liger)
-        rows += measure(case)
-        if not liger:
-            line = absent(f"{case.name} forward", case.shape, "liger-kernel", "TB/s")
-            rows += [line, replace(line, op=f"{case.name} backward")]
-    report("elementwise", rows, gate="passed")
+    liger, fault = None, "absent"
+    if optional_peer("liger-kernel"):
+        liger, fault = attempt(partial(importlib.import_module, "liger_kernel.ops"))
+    cases = [make(liger) for make in (rms_norm_case, rms_norm_residual_case, swiglu_case, rope_case)]
+    for case in cases:
+        check(case)
+    results = Results("elementwise", gate="passed")
+    results.add(copy_row())
+    for case in cases:
+        for peer in case.ops:
+            results.add(*time_peer(case, peer))
+        if fault:
+            names = (f"{case.name} {direction}" for direction in ("forward", "backward"))
+            results.add(*(missing(name, case.shape, "liger-kernel", "TB/s", fault) for name in names))
+    results.finish()
 
 
 if __name__ == "__main__":

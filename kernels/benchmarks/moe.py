@@ -15,7 +15,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
-from common import GateError, Row, gate, peak_memory_mib, run_benchmark, time_ms
+from common import GateError, Row, attempt, gate, missing, peak_memory_mib, run_benchmark, time_ms
 from minicpm_kernels import moe_experts, moe_layer
 from torch import Tensor
 from torch.nn import functional as F
@@ -154,6 +154,10 @@ def check(shape: Shape) -> None:
     gate(f"moe {shape.name}", first, exact, results(partial(grouped_experts, experts=experts)))
 
 
+def time_and_memory(run: Callable[[], None]) -> tuple[float, float]:
+    return time_ms(run), peak_memory_mib(run)
+
+
 def time_peer(shape: Shape, name: str, layer: Layer) -> list[Row]:
     """Forward alone, and forward with backward; a peer that refuses the shape gets a line that says so."""
     *leaves, d_out = inputs(shape)
@@ -171,12 +175,22 @@ def time_peer(shape: Shape, name: str, layer: Layer) -> list[Row]:
         ("moe forward", forward, shape.forward_flop),
         ("moe forward and backward", both, 3 * shape.forward_flop),
     ):
-        row = partial(Row, op=op, shape=shape.name, peer=name, rate_unit="TFLOP/s")
-        try:
-            ms = time_ms(run)
-            rows.append(row(milliseconds=ms, rate=flop / ms / 1e9, peak_memory_mib=peak_memory_mib(run)))
-        except (RuntimeError, NotImplementedError) as error:
-            rows.append(row(milliseconds=None, rate=None, note=str(error).splitlines()[0][:80]))
+        measured, note = attempt(partial(time_and_memory, run))
+        if measured is None:
+            rows.append(missing(op, shape.name, name, "TFLOP/s", note))
+            continue
+        ms, memory = measured
+        rows.append(
+            Row(
+                op=op,
+                shape=shape.name,
+                peer=name,
+                milliseconds=ms,
+                rate=flop / ms / 1e9,
+                rate_unit="TFLOP/s",
+                peak_memory_mib=memory,
+            )
+        )
     return rows
 
 
@@ -191,7 +205,7 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def tune() -> list[Row]:
+def tune(shape: Shape) -> Iterator[list[Row]]:
     """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
     from minicpm_kernels import moe_triton_gemm, moe_triton_gemm_bwd
     from minicpm_kernels.moe_triton_gemm import Tiles
@@ -220,14 +234,15 @@ def tune() -> list[Row]:
         ),
         (moe_triton_gemm, "GROUP_ROWS", [4, 8, 16]),
     )
-    rows = []
-    for shape in SHAPES:
-        for module, name, choices in candidates:
-            for choice in choices:
-                with replaced(module, name, choice):
-                    check(shape)
-                    rows += time_peer(shape, f"{name} = {choice}", ours(shape))
-    return rows
+    for module, name, choices in candidates:
+        for choice in choices:
+            label = f"{name} = {choice}"
+            with replaced(module, name, choice):
+                _, fault = attempt(partial(check, shape))
+                if fault:
+                    yield [missing("moe", shape.name, label, "TFLOP/s", fault)]
+                else:
+                    yield time_peer(shape, label, ours(shape))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ LARGE_SHARED_MEMORY = 160 * 1024
 
 OVERRIDE_VARIABLE = "MINICPM_KERNELS"
 
+# Asked once, here: torch.compile of torch 2.11 cannot trace the question.
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backend:
@@ -61,7 +64,7 @@ def choose_backend_for_device(device_type: str, op: str) -> Backend:
 
 def triton_importable() -> bool:
     """Whether Triton is installed, without importing it."""
-    return importlib.util.find_spec("triton") is not None
+    return _TRITON_IS_INSTALLED
 
 
 def interpreter_enabled() -> bool:

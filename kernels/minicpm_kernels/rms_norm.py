@@ -73,8 +73,7 @@ class _RmsNorm(torch.autograd.Function):
         else:
             normalised_ND, rstd_N1 = _normalise(x_ND, weight_D, eps)
         ctx.save_for_backward(x_ND, weight_D, rstd_N1)
-        normalised_ND = normalised_ND.to(x_ND.dtype)
-        return normalised_ND
+        return _as_type(normalised_ND, x_ND.dtype)
 
     @staticmethod
     @once_differentiable
@@ -100,11 +99,11 @@ class _RmsNormResidual(torch.autograd.Function):
                 residual_ND, branch_ND, weight_D, eps, branch_scale
             )
         else:
-            new_residual_ND = _add_scaled(residual_ND, branch_ND, branch_scale).to(residual_ND.dtype)
+            new_residual_ND = _as_type(_add_scaled(residual_ND, branch_ND, branch_scale), residual_ND.dtype)
             normalised_ND, rstd_N1 = _normalise(new_residual_ND, weight_D, eps)
         ctx.save_for_backward(new_residual_ND, weight_D, rstd_N1)
         ctx.branch_dtype, ctx.branch_scale = branch_ND.dtype, branch_scale
-        return normalised_ND.to(branch_ND.dtype), new_residual_ND
+        return _as_type(normalised_ND, branch_ND.dtype), new_residual_ND
 
     @staticmethod
     @once_differentiable
@@ -133,10 +132,21 @@ def _add_scaled(residual_ND: Tensor, branch_ND: Tensor, branch_scale: float) -> 
     return torch.add(residual_ND, branch_ND, alpha=branch_scale)
 
 
+def _as_type(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, without a call where there is nothing to convert.
+
+    torch.compile of torch 2.11 loses the gradient of an output of an autograd function that came by an op returning
+    its own input (github.com/pytorch/pytorch/issues/180642).
+    """
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _normalise(x_ND: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(normalised, 1 / root mean square (N, 1)), both float32."""
-    x_ND = x_ND.float()
+    x_ND = _as_type(x_ND, torch.float32)
     rstd_N1 = x_ND.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+    if torch.compiler.is_compiling():  # in place it would be such an op
+        return x_ND * rstd_N1 * weight_D, rstd_N1
     return (x_ND * rstd_N1).mul_(weight_D), rstd_N1
 
 
