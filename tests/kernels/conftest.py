@@ -3,12 +3,15 @@ error.
 
 On a machine without a GPU kernels run in Triton's interpreter, in the ordinary pytest session;
 tests/conftest.py switches it on. With ``MINICPM_TEST_DEVICE=cuda`` the same tests run compiled kernels on
-the card.
+the card, and with ``MINICPM_TEST_DEVICE=sm90`` the programs compiled for a Hopper card on the machine of ptx/, in the
+mode that ``MINICPM_SM90_MODE`` names (``eager``, ``lazy:1``, ``random:2``: when asynchronous work is done, and a seed).
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,17 +19,30 @@ import torch
 
 pytest.importorskip("triton", reason="kernel tests need Triton (Linux)")
 
+ON_SM90_MACHINE = os.environ.get("MINICPM_TEST_DEVICE") == "sm90"
+sys.path.insert(0, str(Path(__file__).parent))  # for the package ptx, which no distribution holds
+collect_ignore = [] if ON_SM90_MACHINE else ["ptx/test_machine.py"]  # needs a Triton that compiles
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device that kernels are tested on."""
-    return torch.device(os.environ.get("MINICPM_TEST_DEVICE", "cpu"))
+    return torch.device("cpu" if ON_SM90_MACHINE else os.environ.get("MINICPM_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture
 def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make the public ops run their Triton kernels, interpreted when the device is the CPU."""
     monkeypatch.setenv("MINICPM_KERNELS", "triton")
+    if ON_SM90_MACHINE:
+        from minicpm_kernels import backend
+        from ptx import driver
+
+        # As on a card: nothing stands between a tensor and the kernels.
+        monkeypatch.setattr(backend, "_obstacle_to_triton", lambda device_type: "")
+        with driver.use(driver.mode_from_environment()):
+            yield
+        return
     if device.type == "cpu":
         from minicpm_kernels import _interpreter
 
