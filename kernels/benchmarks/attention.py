@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import os
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
+from unittest import mock
 
 import torch
 from common import GateError, Row, attempt, gate, missing, run_benchmark, time_ms
 from minicpm_kernels import attention
 from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.backend import GLUON_VARIABLE
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -88,6 +91,7 @@ SHAPES = (
 )
 
 Peer = Callable[[Tensor, Tensor, Tensor], Tensor]
+WITHOUT_GLUON = "ours, without Gluon"
 
 
 def cu_seqlens_of(shape: Shape) -> Tensor:
@@ -97,6 +101,13 @@ def cu_seqlens_of(shape: Shape) -> Tensor:
 def ours(shape: Shape, *, deterministic: bool) -> Peer:
     cu_seqlens, longest = cu_seqlens_of(shape), max(shape.lengths)
     return lambda q, k, v: attention(q, k, v, cu_seqlens, max_seqlen=longest, deterministic=deterministic)
+
+
+@contextmanager
+def triton_alone() -> Iterator[None]:
+    """Triton's kernels also where a call would choose those in Gluon."""
+    with mock.patch.dict(os.environ, {GLUON_VARIABLE: "0"}):
+        yield
 
 
 def torch_sdpa(shape: Shape, backend: SDPBackend) -> Peer:
@@ -152,6 +163,7 @@ def peers(shape: Shape) -> dict[str, Peer]:
     chosen = {
         "ours": ours(shape, deterministic=False),
         "ours, deterministic": ours(shape, deterministic=True),
+        WITHOUT_GLUON: ours(shape, deterministic=False),
     }
     if shape.is_equal:
         chosen["torch cuDNN SDPA"] = torch_sdpa(shape, SDPBackend.CUDNN_ATTENTION)
@@ -188,10 +200,10 @@ def check(shape: Shape) -> None:
 
     exact = results(reference, [x.detach().float().requires_grad_() for x in tensors])
     own = results(varlen(shape), tensors)
-    for deterministic in (False, True):
-        gate(
-            f"attention {shape.name}", results(ours(shape, deterministic=deterministic), tensors), exact, own
-        )
+    for deterministic, gluon in itertools.product((False, True), (True, False)):
+        with nullcontext() if gluon else triton_alone():
+            found = results(ours(shape, deterministic=deterministic), tensors)
+        gate(f"attention {shape.name}", found, exact, own)
     twice = [results(ours(shape, deterministic=True), tensors) for _ in range(2)]
     if not all(torch.equal(first, second) for first, second in zip(*twice, strict=True)):
         raise GateError(f"attention {shape.name}: deterministic gradients differ between two calls")
@@ -214,7 +226,8 @@ def time_peer(shape: Shape, name: str, peer: Peer) -> list[Row]:
         ("backward", backward, 2.5 * shape.forward_flop),
     ):
         op, unit = f"attention {direction}", "TFLOP/s"
-        ms, note = attempt(timed)
+        with triton_alone() if name == WITHOUT_GLUON else nullcontext():
+            ms, note = attempt(timed)
         if ms is None:
             rows.append(missing(op, shape.name, name, unit, note))
             continue
@@ -238,15 +251,22 @@ def replaced(module: Any, name: str, tiles: Any) -> Iterator[None]:
 
 def tune(shape: Shape) -> Iterator[list[Row]]:
     """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
-    from minicpm_kernels import attention_triton_bwd, attention_triton_fwd
+    from minicpm_kernels import attention_gluon_fwd, attention_triton_bwd, attention_triton_fwd
     from minicpm_kernels.attention_schedule import Tiles
 
     def tiles(q: int, k: int, warps: int, stages: int, registers: int | None = None) -> Tiles:
         return Tiles(block_q=q, block_k=k, num_warps=warps, num_stages=stages, max_registers=registers)
 
+    def gluon(attenders: int, stages: int, registers: int, overlap: bool) -> attention_gluon_fwd.GluonTiles:
+        return attention_gluon_fwd.GluonTiles(
+            attenders=attenders, stages=stages, registers=registers, overlap=overlap
+        )
+
     forward, backward = attention_triton_fwd, attention_triton_bwd
-    candidates = {
+    candidates: dict[int, list[tuple[Any, str, Sequence[Any]]]] = {
         64: [
+            (attention_gluon_fwd, "gluon_tiles", [gluon(3, 4, 160, False), gluon(2, 4, 240, True)]),
+            (attention_gluon_fwd, "gluon_tiles", [gluon(2, 4, 240, False)]),
             (forward, "forward_tiles", [tiles(128, 64, 4, s) for s in (2, 3, 4)]),
             (forward, "forward_tiles", [tiles(128, 64, 8, s) for s in (2, 3, 4)]),
             (forward, "forward_tiles", [tiles(128, 128, 8, s) for s in (2, 3)] + [tiles(64, 64, 4, 3)]),
@@ -254,6 +274,7 @@ def tune(shape: Shape) -> Iterator[list[Row]]:
             (backward, "dq_tiles", [tiles(128, 64, 8, s, 128) for s in (2, 3)] + [tiles(128, 64, 8, 2)]),
         ],
         128: [
+            (attention_gluon_fwd, "gluon_tiles", [gluon(2, 2, 240, overlap) for overlap in (True, False)]),
             (forward, "forward_tiles", [tiles(128, 128, 8, s) for s in (2, 3)]),
             (forward, "forward_tiles", [tiles(128, 64, 8, s) for s in (2, 3)] + [tiles(64, 64, 4, 3)]),
             (backward, "dkdv_tiles", [tiles(64, 128, 8, s) for s in (1, 2, 3)] + [tiles(64, 64, 4, 2)]),
@@ -262,8 +283,9 @@ def tune(shape: Shape) -> Iterator[list[Row]]:
     }
     for module, name, choices in candidates[shape.head_dim]:
         for choice in choices:
-            label = f"{name} {choice.block_q}x{choice.block_k} w{choice.num_warps} s{choice.num_stages}"
-            with replaced(module, name, choice):
+            label = " ".join([name, *(f"{key}={value}" for key, value in vars(choice).items())])
+            alone = nullcontext() if module is attention_gluon_fwd else triton_alone()
+            with replaced(module, name, choice), alone:
                 _, fault = attempt(partial(check, shape))
                 if fault:
                     yield [missing("attention", shape.name, label, "TFLOP/s", fault)]

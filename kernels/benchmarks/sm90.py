@@ -66,7 +66,7 @@ COLUMNS = (
 def cases() -> Iterator[Sm90Case]:
     """Every case of every module of the package, modules in alphabetical order."""
     for module in pkgutil.iter_modules(minicpm_kernels.__path__, "minicpm_kernels."):
-        if "_triton" in module.name:
+        if "_triton" in module.name or "_gluon" in module.name:
             yield from getattr(importlib.import_module(module.name), "sm90_cases", list)()
 
 

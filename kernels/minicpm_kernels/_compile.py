@@ -107,6 +107,7 @@ def compile_sm90(case: Sm90Case) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = case.kernel
     while not isinstance(kernel, triton.JITFunction):  # autotune and heuristics wrap the function
@@ -119,7 +120,8 @@ def compile_sm90(case: Sm90Case) -> Any:
         if signature[name].startswith("*") or name in case.divisible_by_16
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    source = ASTSource(kernel, signature, constants, attributes)
+    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = make_source(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options))
 
 

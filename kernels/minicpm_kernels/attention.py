@@ -7,13 +7,15 @@ The ops are opaque to ``torch.compile`` (whole graphs stay whole around them), t
 (a policy can name ``torch.ops.minicpm_kernels.attention.default``) and to FSDP2. Inside, the backend is
 chosen:
 
-- CUDA with Triton: the kernels of attention_triton_fwd.py and attention_triton_bwd.py;
+- CUDA with Triton: the kernels of attention_triton_fwd.py and attention_triton_bwd.py, on a Hopper card the forward of
+  attention_gluon_fwd.py (``MINICPM_GLUON=0`` rules it out);
 - CPU: torch's own CPU flash attention, one call for each run of documents of equal length;
 - elsewhere, and wherever ``MINICPM_KERNELS=reference``: plain torch in float32, which holds all scores.
 """
 
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -196,10 +198,8 @@ def _attention_op(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     if attention_backend(q_NHD).name == "triton":
-        from minicpm_kernels.attention_triton_fwd import attention_triton_forward
-
         with torch.cuda.device_of(q_NHD):
-            return attention_triton_forward(
+            return _forward_kernel(q_NHD)(
                 q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
             )
     if q_NHD.device.type == "cpu":
@@ -207,6 +207,16 @@ def _attention_op(
         return attention_cpu_forward(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
     out_NHD, lse_HN = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
     return out_NHD.to(q_NHD.dtype), lse_HN
+
+
+def _forward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The kernels' launch that serves these queries best."""
+    from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward, gluon_obstacle
+    from minicpm_kernels.attention_triton_fwd import attention_triton_forward
+
+    if gluon_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+        return attention_triton_forward
+    return attention_gluon_forward
 
 
 @_attention_op.register_fake

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 LARGE_SHARED_MEMORY = 160 * 1024
 
 OVERRIDE_VARIABLE = "MINICPM_KERNELS"
+GLUON_VARIABLE = "MINICPM_GLUON"  # 0: Triton's kernels also where there is one in Gluon
 
 # Asked once, here: torch.compile of torch 2.11 cannot trace the question.
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
