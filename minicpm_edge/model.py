@@ -144,6 +144,7 @@ class MiniCPM(nn.Module):
         if cache is not None and cu_seqlens is not None:
             raise ValueError("a cache holds one document a row: cu_seqlens and cache exclude each other")
         context = self._context(input_ids_BT, cu_seqlens, max_seqlen, cache)
+        # A pass over (N, D) of its own, where every layer makes dozens: a fused kernel would not pay.
         residual_ND = self.embedding(input_ids_BT.flatten()) * self.config.scale_emb
         branch_ND: Tensor | None = None
         balance: list[Tensor] = []
