@@ -7,8 +7,8 @@ The ops are opaque to ``torch.compile`` (whole graphs stay whole around them), t
 (a policy can name ``torch.ops.minicpm_kernels.attention.default``) and to FSDP2. Inside, the backend is
 chosen:
 
-- CUDA with Triton: the kernels of attention_triton_fwd.py and attention_triton_bwd.py, on a Hopper card the forward of
-  attention_gluon_fwd.py (``MINICPM_GLUON=0`` rules it out);
+- CUDA with Triton: the kernels of attention_triton_fwd.py and attention_triton_bwd.py, on a Hopper card those of
+  attention_gluon_fwd.py and attention_gluon_bwd.py (``MINICPM_GLUON=0`` rules them out);
 - CPU: torch's own CPU flash attention, one call for each run of documents of equal length;
 - elsewhere, and wherever ``MINICPM_KERNELS=reference``: plain torch in float32, which holds all scores.
 """
@@ -210,13 +210,23 @@ def _attention_op(
 
 
 def _forward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The kernels' launch that serves these queries best."""
+    """What launches the kernel for these queries."""
     from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward, gluon_obstacle
     from minicpm_kernels.attention_triton_fwd import attention_triton_forward
 
     if gluon_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
         return attention_triton_forward
     return attention_gluon_forward
+
+
+def _backward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """What launches the backward's kernels for these queries."""
+    from minicpm_kernels.attention_gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+    from minicpm_kernels.attention_triton_bwd import attention_triton_backward
+
+    if gluon_backward_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+        return attention_triton_backward
+    return attention_gluon_backward
 
 
 @_attention_op.register_fake
@@ -249,10 +259,8 @@ def _attention_backward_op(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if attention_backend(q_NHD).name == "triton":
-        from minicpm_kernels.attention_triton_bwd import attention_triton_backward
-
         with torch.cuda.device_of(q_NHD):
-            return attention_triton_backward(
+            return _backward_kernel(q_NHD)(
                 d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens,
                 max_seqlen=max_seqlen, scale=scale, window=window,
                 deterministic=deterministic or _torch_asks_for_determinism(),

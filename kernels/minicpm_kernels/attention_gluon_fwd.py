@@ -111,7 +111,7 @@ def _stage_and_phase(position, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _release(barrier):
+def release(barrier):
     """Say that the partition is done with something: all of its warps are, not only the one that says so."""
     _meet()
     mbarrier.arrive(barrier, count=1)
@@ -196,7 +196,7 @@ def _load_partition(
     for c in gl.static_range(ATTENDERS):
         mbarrier.wait(q_empty.index(c), q_phase)
         _write(s_work, c, FIRST_ROW, -1)
-        _release(q_full.index(c))
+        release(q_full.index(c))
 
 
 @gluon.jit
@@ -209,9 +209,9 @@ def _pass_block(ring, turns, position, FIRST: gl.constexpr):
     mbarrier.arrive(next_turn, count=1)
     # An arrival before the block has landed would count for the stage's block before.
     mbarrier.wait(k_full.index(stage), phase)
-    _release(k_empty.index(stage))
+    release(k_empty.index(stage))
     mbarrier.wait(v_full.index(stage), phase)
-    _release(v_empty.index(stage))
+    release(v_empty.index(stage))
 
 
 @gluon.jit
@@ -279,7 +279,7 @@ def _attend_block(
     out = hopper.warpgroup_mma(b_weight, s_v.index(v_stage), b_out, is_async=True)
     mbarrier.arrive(next_turn, count=1)
     b_score = hopper.warpgroup_mma_wait(1, deps=[score])
-    _release(k_empty.index(k_stage))
+    release(k_empty.index(k_stage))
 
     if MASKED:
         b_key = gl.expand_dims(key + gl.arange(0, BLOCK_K, gl.SliceLayout(0, score_layout)), 0)
@@ -290,14 +290,14 @@ def _attend_block(
         # branch; that is all that the gate is for.
         mbarrier.wait(gate, 1)
         b_out = hopper.warpgroup_mma_wait(0, deps=[out])
-        _release(v_empty.index(v_stage))
+        release(v_empty.index(v_stage))
     b_next = gl.exp2(b_score * scale_log2 - gl.expand_dims(b_new_maximum, 1))
     b_rescale = gl.exp2(b_maximum - b_new_maximum)
     b_sum = b_sum * _like_rows_of(b_rescale, b_sum) + _sum_of_thread(b_next)
     if OVERLAP:
         mbarrier.wait(gate, 1)
         b_out = hopper.warpgroup_mma_wait(0, deps=[out])
-        _release(v_empty.index(v_stage))
+        release(v_empty.index(v_stage))
     return _pack(b_next, s_v.dtype), b_new_maximum, b_sum, b_out * _like_rows_of(b_rescale, b_out)
 
 
@@ -346,7 +346,7 @@ def _attend_partition(shared, turns, INDEX: gl.constexpr, OVERLAP: gl.constexpr)
         b_row = first_row + gl.arange(0, ROWS, row_layout)
         b_first_key = gl.load(p_first_key + gl.minimum(b_row, num_tokens - 1))
         b_score = hopper.warpgroup_mma_wait(0, deps=[score])
-        _release(k_empty.index(stage))
+        release(k_empty.index(stage))
         b_key = first_row + TO_DIAGONAL + gl.arange(0, BLOCK_K, gl.SliceLayout(0, score_layout))
         b_key = gl.expand_dims(b_key, 0)
         b_visible = (b_key <= gl.expand_dims(b_row, 1)) & (b_key >= gl.expand_dims(b_first_key, 1))
@@ -378,14 +378,14 @@ def _attend_partition(shared, turns, INDEX: gl.constexpr, OVERLAP: gl.constexpr)
             position += 1
         head = _read(s_work, INDEX, HEAD)
         rest = _read(s_work, INDEX, REST)
-        _release(q_empty.index(INDEX))
+        release(q_empty.index(INDEX))
 
         stage, phase = _stage_and_phase(position - 1, STAGES)
         mbarrier.wait(v_full.index(stage), phase)
         b_weight = _unpack(b_packed, s_v.dtype, gl.DotOperandLayout(0, out_layout, 2))
         out = hopper.warpgroup_mma(b_weight, s_v.index(stage), b_out, is_async=True)
         b_out = hopper.warpgroup_mma_wait(0, deps=[out])
-        _release(v_empty.index(stage))
+        release(v_empty.index(stage))
         for _ in range(rest):
             _pass_block(ring, turns, position, FIRST)
             position += 1
@@ -408,11 +408,12 @@ _INTEGERS = ("num_tokens", "num_heads", "num_tiles", "heads_per_section", "group
 
 
 @gluon.jit
-def _barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+def barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    """As many mbarriers, each of so many arrivals a phase."""
+    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(count):
-        mbarrier.init(barriers.index(i), count=arrivals)
-    return barriers
+        mbarrier.init(made.index(i), count=arrivals)
+    return made
 
 
 # One program for all sizes: the one that `sm90_cases` lists and tests judge.
@@ -431,15 +432,15 @@ def attention_gluon_fwd_kernel(
     s_work = gl.allocate_shared_memory(
         gl.int32, [ATTENDERS * FIELDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0])
     )
-    queries = (_barriers(ATTENDERS, 1), _barriers(ATTENDERS, 1))
+    queries = (barriers(ATTENDERS, 1), barriers(ATTENDERS, 1))
     ring = (
-        _barriers(STAGES, 1),
-        _barriers(STAGES, ATTENDERS),
-        _barriers(STAGES, 1),
-        _barriers(STAGES, ATTENDERS),
+        barriers(STAGES, 1),
+        barriers(STAGES, ATTENDERS),
+        barriers(STAGES, 1),
+        barriers(STAGES, ATTENDERS),
     )
-    turn = _barriers(ATTENDERS, 1)
-    gate = _barriers(1, 1).index(0)
+    turn = barriers(ATTENDERS, 1)
+    gate = barriers(1, 1).index(0)
 
     load = (
         t_q, t_k, t_v, p_first_key, p_next_work, s_q, s_k, s_v, s_work, queries, ring,
@@ -506,7 +507,7 @@ def _missing_from_gluon() -> str:
     return ""
 
 
-def _descriptor(x_NHD: Tensor, rows: int) -> TensorDescriptor:
+def gluon_descriptor(x_NHD: Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of (N, H·D) in blocks of ``rows`` tokens of one head; rows outside N read as zero."""
     num_tokens, heads, head_dim = x_NHD.shape
     return TensorDescriptor(
@@ -547,10 +548,10 @@ def attention_gluon_forward(
     first_key_N, _ = attention_bounds(cu_seqlens, num_tokens, window)
     programs = min(_num_multiprocessors(q_NHD.device), num_tiles * num_heads)
     attention_gluon_fwd_kernel[(programs,)](
-        _descriptor(q_NHD, ROWS.value),
-        _descriptor(k_NKD, BLOCK_K),
-        _descriptor(v_NKD, BLOCK_K),
-        _descriptor(out_NHD, ROWS.value),
+        gluon_descriptor(q_NHD, ROWS.value),
+        gluon_descriptor(k_NKD, BLOCK_K),
+        gluon_descriptor(v_NKD, BLOCK_K),
+        gluon_descriptor(out_NHD, ROWS.value),
         lse_HN,
         first_key_N,
         torch.zeros(1, dtype=torch.int32, device=q_NHD.device),

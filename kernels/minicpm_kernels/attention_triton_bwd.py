@@ -251,7 +251,7 @@ def attention_triton_backward(
         rows_of_heads(x) for x in (q_NHD, k_NKD, v_NKD, out_NHD, d_out_NHD)
     )
     first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
-    lse_log2_HS, delta_HS = _stats(out_NHD, d_out_NHD, lse_HN)
+    lse_log2_HS, delta_HS = row_stats(out_NHD, d_out_NHD, lse_HN)
     num_slots = delta_HS.shape[1]
     section = heads_per_section(
         num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHD.element_size()
@@ -290,6 +290,27 @@ def attention_triton_backward(
         torch.mul(dq_sum_NHD, scale, out=dq_NHD)  # scales and rounds in one pass
         return dq_NHD, dk_NKD, dv_NKD
 
+    separate_dq(
+        q_NHD, k_NKD, v_NKD, d_out_NHD, dq_NHD, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
+    )  # fmt: skip
+    return dq_NHD, dk_NKD, dv_NKD
+
+
+def separate_dq(
+    q_NHD: Tensor,
+    k_NKD: Tensor,
+    v_NKD: Tensor,
+    d_out_NHD: Tensor,
+    dq_NHD: Tensor,
+    lse_log2_HS: Tensor,
+    delta_HS: Tensor,
+    first_key_N: Tensor,
+    *,
+    section: int,
+    scale: float,
+) -> None:
+    """Write dQ, in a launch of its own, ``section`` heads at one time."""
+    num_tokens, num_heads, head_dim = q_NHD.shape
     tiles = dq_tiles(head_dim)
     num_tiles = triton.cdiv(num_tokens, tiles.block_q)
     attention_bwd_dq_kernel[(num_tiles * num_heads,)](
@@ -302,11 +323,11 @@ def attention_triton_backward(
         delta_HS,
         first_key_N,
         num_tokens,
-        num_slots,
+        delta_HS.shape[1],
         num_heads,
         num_tiles,
         section,
-        group,
+        num_heads // k_NKD.shape[1],
         scale,
         scale * LOG2_E.value,
         BLOCK_Q=tiles.block_q,
@@ -314,10 +335,9 @@ def attention_triton_backward(
         HEAD_DIM=head_dim,
         **tiles.options,
     )
-    return dq_NHD, dk_NKD, dv_NKD
 
 
-def _stats(out_NHD: Tensor, d_out_NHD: Tensor, lse_HN: Tensor) -> tuple[Tensor, Tensor]:
+def row_stats(out_NHD: Tensor, d_out_NHD: Tensor, lse_HN: Tensor) -> tuple[Tensor, Tensor]:
     """Base-2 log-sum-exp and delta, float32 (H, S): rows padded to the 16 bytes that TMA asks for."""
     num_tokens, num_heads, head_dim = out_NHD.shape
     num_slots = triton.cdiv(num_tokens, 4) * 4

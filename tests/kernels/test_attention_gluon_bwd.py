@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from minicpm_kernels import attention_gluon_bwd, attention_gluon_fwd
+from minicpm_kernels import attention, attention_gluon_bwd, attention_gluon_fwd
 from minicpm_kernels.attention_gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
@@ -182,3 +182,28 @@ for case in sm90_cases():
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
+
+
+@pytest.mark.usefixtures("runnable")
+def test_attention_runs_it_unless_ruled_out(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (
+        x.detach().requires_grad_() for x in torch.randn(3, 70, 2, 64, device=device).bfloat16().unbind()
+    )
+    cu_seqlens = torch.tensor([0, 30, 70], dtype=torch.int32, device=device)
+    ran = []
+    for module, name in (
+        (attention_gluon_fwd, "attention_gluon_forward"),
+        (attention_gluon_bwd, "attention_gluon_backward"),
+    ):
+        launch = getattr(module, name)
+        monkeypatch.setattr(
+            module,
+            name,
+            lambda *args, launch=launch, name=name, **kw: ran.append(name) or launch(*args, **kw),
+        )
+    for setting, expected in (("0", []), ("1", ["attention_gluon_forward", "attention_gluon_backward"])):
+        monkeypatch.setenv("MINICPM_GLUON", setting)
+        out = attention(q, k, v, cu_seqlens, max_seqlen=40)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        assert all(torch.isfinite(x).all() for x in (out, *gradients))
+        assert ran == expected

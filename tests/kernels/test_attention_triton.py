@@ -10,6 +10,7 @@ import torch
 from minicpm_kernels import attention, attention_with_lse
 from minicpm_kernels.attention import attention_backend
 from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.backend import GLUON_VARIABLE
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,7 +19,13 @@ import triton
 import triton.language as tl
 from minicpm_kernels.attention_schedule import attention_bounds, head_and_tile
 
-pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
+pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory", "no_gluon")
+
+
+@pytest.fixture
+def no_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hopper card would run those kernels, which test_attention_gluon*.py are for."""
+    monkeypatch.setenv(GLUON_VARIABLE, "0")
 
 
 @triton.jit
