@@ -83,6 +83,32 @@ def ops_table() -> str:
     return "\n".join(lines)
 
 
+def gpu_table(folder: Path = ROOT / "kernels/benchmarks/results") -> str:
+    """Ours and the best peer on a card, from what files of it there are."""
+    files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
+    files = [file for file in files if file["environment"].get("cuda")]
+    if not files:
+        return "**They have not been run on a GPU yet**: no GPU figure is claimed."
+    lines = [
+        "| on a card | shape | ours | best peer | its rate | ratio | card |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for file in files:
+        groups: dict[tuple[str, str], list[dict]] = {}
+        for row in file["rows"]:
+            if row["rate"] is not None:
+                groups.setdefault((row["op"], row["shape"]), []).append(row)
+        for (op, shape), rows in groups.items():
+            ours = [row for row in rows if row["peer"].split(",")[0] == "ours"]
+            peers = [row for row in rows if row not in ours]
+            if ours and peers:
+                best = max(peers, key=lambda row: row["rate"])
+                rates = f"{ours[0]['rate']:.3g} {ours[0]['rate_unit']} | {best['peer']} | {best['rate']:.3g}"
+                ratio = f"{ours[0]['rate'] / best['rate']:.2f}×"
+                lines.append(f"| {op} | {shape} | {rates} | {ratio} | {file['environment']['device']} |")
+    return "\n".join(lines)
+
+
 def tree() -> str:
     """One line a file, from the first line of its docstring."""
     lines = []
@@ -109,6 +135,7 @@ SECTIONS = {
     "prepare": prepare_table,
     "certificate": certificate_table,
     "ops": ops_table,
+    "gpu": gpu_table,
     "tree": tree,
 }
 
