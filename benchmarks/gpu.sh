@@ -4,8 +4,8 @@
 #   bash benchmarks/gpu.sh [PART]...     correctness, kernels, step, curve: all four, in this order, when none is named
 #
 # The parts of kernels have names too: elementwise, linear_cross_entropy, attention, moe; and those of step: step-1.2b,
-# step-2.4b. Each ends within ten minutes, compiling included. Needs a CUDA device, torch and Triton, pytest for the
-# first part (pytest-xdist makes it several times as fast); no network. Two peers take part where they are installed:
+# step-2.4b. Each is cut to end within ten minutes, which no card has shown yet. Needs a CUDA device, torch and Triton,
+# pytest for the first part (pytest-xdist spreads it over the cores); no network. Two peers take part where they are installed:
 # `pip install --no-deps liger-kernel cut-cross-entropy`.
 #
 # Nothing is timed after a failed check; a benchmark that fails leaves the others to run. Results go to
@@ -23,7 +23,7 @@ correctness() {
     echo "error: the tests need pytest: '$python' has none" >&2
     return 1
   fi
-  # Nearly all of the time goes into compiling some 330 variants of the kernels, on one core for each process.
+  # Most of the time goes into compiling hundreds of variants of the kernels, on one core for each process.
   local workers=()
   if has xdist; then workers=(-n 8 --dist worksteal); fi
   # All failures are shown, up to a number that says that the card itself has stopped working. Tests ask torch to fill
@@ -47,7 +47,8 @@ for part in "$@"; do
     step) parts+=(step-1.2b step-2.4b) ;;
     correctness | elementwise | linear_cross_entropy | attention | moe | step-1.2b | step-2.4b | curve) parts+=("$part") ;;
     *)
-      echo "error: no part is called '$part'; use correctness, kernels, step or curve" >&2
+      echo "error: no part is called '$part'; use correctness, kernels (elementwise, linear_cross_entropy," \
+        "attention, moe), step (step-1.2b, step-2.4b) or curve" >&2
       exit 2
       ;;
   esac

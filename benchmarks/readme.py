@@ -86,7 +86,7 @@ def ops_table() -> str:
 def gpu_table(folder: Path = ROOT / "kernels/benchmarks/results") -> str:
     """Ours and the best peer on a card, from what files of it there are."""
     files = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    files = [file for file in files if file["environment"].get("cuda")]
+    files = [file for file in files if file["environment"].get("cuda") and file.get("complete", True)]
     if not files:
         return "**They have not been run on a GPU yet**: no GPU figure is claimed."
     lines = [
@@ -95,7 +95,7 @@ def gpu_table(folder: Path = ROOT / "kernels/benchmarks/results") -> str:
     ]
     for file in files:
         groups: dict[tuple[str, str], list[dict]] = {}
-        for row in file["rows"]:
+        for row in file.get("rows", []):
             if row["rate"] is not None:
                 groups.setdefault((row["op"], row["shape"]), []).append(row)
         for (op, shape), rows in groups.items():

@@ -138,6 +138,8 @@ def gate(
     """
     for index, (result, reference, peer) in enumerate(zip(results, references, peers, strict=True)):
         error, allowed = relative_error(result, reference), factor * relative_error(peer, reference)
+        if allowed == float("inf"):
+            raise GateError(f"{name}: torch's own tensor {index} is not finite, so there is no measure")
         if not error <= max(allowed, floor):
             raise GateError(
                 f"{name}: tensor {index} has error {error:.2e}, allowed {max(allowed, floor):.2e}"

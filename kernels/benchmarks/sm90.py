@@ -34,14 +34,16 @@ their share of its 64 warps. HGMMA are Hopper's tensor-core instructions, HMMA t
 copy engine. Counts are of instructions in the program, not of executions.
 
 The last three columns are of the main loop: the cycles for which one warp keeps each unit of its partition busy in one
-turn, if it never waits (rates and their sources: `minicpm_kernels/_sass.py`). The largest is a bound from below. A
-kernel for which it is `tensor` can come close to the tensor cores' rate; by how much another exceeds it, that much is
-lost. Where a loop also stores its results (`moe_rows`), `issue` counts that as if it were done every turn.
+turn, if it never waits (rates and their sources: `minicpm_kernels/_sass.py`). The largest is a bound from below; by how
+much another exceeds `tensor`, that much of the tensor cores' rate is out of reach. Waits and the bandwidth of shared
+memory, from which a 64x64 product with both operands there takes all it gives, are not in it. Where a loop also stores
+its results (`moe_rows`), `issue` counts that as if it were done every turn. Programs with partitions (`gluon`) change
+their registers as they start; the table has those they are launched with.
 
-What the table says: nothing spills. Attention's forward at head dim 64 asks as much of the exponentials and the issue
-slots as of the tensor cores, so that only overlap makes it fast; its backward, attention at head dim 128 and all the
-experts' products are bound by the tensor cores. Kernels with one block a multiprocessor hide latency by their copies in
-flight, not by other blocks.
+What the table says: nothing spills. Attention's forward at head dim 64 asks as much of the exponentials and, in
+Triton, of the issue slots as of the tensor cores, so that only overlap makes it fast; its backward, attention at head
+dim 128 and the experts' products ask most of the tensor cores. Kernels with one block a multiprocessor hide latency by
+their copies in flight, not by other blocks.
 
 """
 COLUMNS = (

@@ -107,7 +107,6 @@ def compile_sm90(case: Sm90Case) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-    from triton.experimental.gluon._runtime import GluonASTSource
 
     kernel = case.kernel
     while not isinstance(kernel, triton.JITFunction):  # autotune and heuristics wrap the function
@@ -120,8 +119,12 @@ def compile_sm90(case: Sm90Case) -> Any:
         if signature[name].startswith("*") or name in case.divisible_by_16
     }
     constants = {(names.index(name),): value for name, value in case.constants.items()}
-    make_source = GluonASTSource if kernel.is_gluon() else ASTSource
-    source = make_source(kernel, signature, constants, attributes)
+    source_type = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        source_type = GluonASTSource
+    source = source_type(kernel, signature, constants, attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(case.options))
 
 

@@ -16,6 +16,7 @@ chosen:
 import itertools
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Like ``attention``, and also the natural log of each softmax's denominator: float32 (H, N), no
     gradient."""
-    if autocasts(q_NHD):
+    if autocasts(q_NHD) and q_NHD.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(q_NHD.device.type)
         q_NHD, k_NKD, v_NKD = q_NHD.to(dtype), k_NKD.to(dtype), v_NKD.to(dtype)
     _check_inputs(q_NHD, k_NKD, v_NKD, cu_seqlens)
@@ -211,22 +212,27 @@ def _attention_op(
 
 def _forward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """What launches the kernel for these queries."""
-    from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward, gluon_obstacle
+    with suppress(ImportError, AttributeError):  # Gluon is experimental: another Triton may have another
+        from minicpm_kernels.attention_gluon import gluon_obstacle
+        from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward
+
+        if not gluon_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+            return attention_gluon_forward
     from minicpm_kernels.attention_triton_fwd import attention_triton_forward
 
-    if gluon_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
-        return attention_triton_forward
-    return attention_gluon_forward
+    return attention_triton_forward
 
 
 def _backward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What launches the backward's kernels for these queries."""
-    from minicpm_kernels.attention_gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+    with suppress(ImportError, AttributeError):
+        from minicpm_kernels.attention_gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+
+        if not gluon_backward_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+            return attention_gluon_backward
     from minicpm_kernels.attention_triton_bwd import attention_triton_backward
 
-    if gluon_backward_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
-        return attention_triton_backward
-    return attention_gluon_backward
+    return attention_triton_backward
 
 
 @_attention_op.register_fake

@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, ANN202
-"""Attention backward for Hopper in Gluon: loads and arithmetic in warps of their own. For the formulas see
-attention_triton_bwd.py.
+"""Attention backward for Hopper in Gluon: loads and arithmetic in warps of their own.
 
-A program takes a tile of 128 keys of one key head through the queries that see it, of all heads that the key head
-serves. A loader brings keys and values once, then queries and dO in blocks of 64, all by TMA. Two attenders, a
-warpgroup of 64 keys each, hold dK and dV, and scores as keys by queries: P and dS so lie in registers as the left
-operands of dV and dK. A turn of their loop is a pair of blocks, so that the products of one block run beside the
-exponentials of the other, and the products of one attender beside the exponentials of the other in any case.
+The formulas are in attention_triton_bwd.py. A program takes a tile of 128 keys of one key head through the queries that
+see it, of all heads that the key head serves. A loader brings keys and values once, then queries and dO in blocks of
+64, all by TMA. Two attenders, a warpgroup of 64 keys each, hold dK and dV, and scores as keys by queries: P and dS so
+lie in registers as the left operands of dV and dK. A turn of their loop is a pair of blocks, so that the products of
+one block run beside the exponentials of the other, and the products of one attender beside the exponentials of the
+other in any case.
 
 dQ needs the dS of both attenders, which they therefore lay in shared memory, where dS of the pair's first block is
 read by the first attender and that of the second by the second. Each makes its dQ at the start of the next turn, when
@@ -38,9 +38,16 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
 
-from minicpm_kernels import attention_gluon_fwd
 from minicpm_kernels._compile import Sm90Case
-from minicpm_kernels.attention_gluon_fwd import LOG2_E, ROWS, barriers, gluon_descriptor, release
+from minicpm_kernels.attention_gluon import (
+    LOG2_E,
+    ROWS,
+    TILE_LAYOUT,
+    barriers,
+    gluon_descriptor,
+    gluon_obstacle,
+    release,
+)
 from minicpm_kernels.attention_schedule import attention_bounds, descriptor, heads_per_section, rows_of_heads
 from minicpm_kernels.attention_triton_bwd import row_stats, separate_dq
 
@@ -56,7 +63,7 @@ def gluon_backward_obstacle(head_dim: int, dtype: torch.dtype, device: torch.dev
     """Why the kernel does not serve such tensors, as a clause; empty when it does."""
     from triton._C.libtriton import gluon_ir
 
-    obstacle = attention_gluon_fwd.gluon_obstacle(head_dim, dtype, device)
+    obstacle = gluon_obstacle(head_dim, dtype, device)
     if not obstacle and not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
         return f"Triton {triton.__version__} has no create_async_tma_reduce"
     return obstacle
@@ -210,7 +217,8 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
 
     my_key = first_key + INDEX * ROWS
     b_key = my_key + gl.arange(0, ROWS, gl.SliceLayout(1, score_layout))
-    b_end_query = gl.load(p_end_query + gl.minimum(b_key, num_tokens - 1))
+    # Keys beyond the last token, or of no document, are seen by no query.
+    b_end_query = gl.maximum(gl.load(p_end_query + gl.minimum(b_key, num_tokens - 1)), b_key)
     middle = my_key + ROWS
     tail = gl.load(p_end_query + gl.minimum(my_key, num_tokens - 1)) - ROWS
 
@@ -229,7 +237,7 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
     dq_row = 0
     for pair in range(total):
         # Zero, but the compiler does not know: it would compute operands' addresses before the loop and hold them.
-        hidden = pair >> 24
+        hidden = pair >> 30
         stage = 2 * pair % STAGES + hidden
         phase = 2 * pair // STAGES & 1
         if not AHEAD:
@@ -335,7 +343,7 @@ def attention_gluon_bwd_kernel(
     kv_head, tile = _head_and_tile(num_kv_heads, num_tiles, heads_per_section)
     first_key = tile * (ATTENDERS * ROWS)
     end = gl.load(p_end_query + gl.minimum(first_key + ATTENDERS * ROWS, num_tokens) - 1)
-    num_pairs = gl.cdiv(end - first_key, 2 * ROWS)
+    num_pairs = gl.maximum(gl.cdiv(end - first_key, 2 * ROWS), 1)  # keys of no document: one pair, all masked
     attend = (
         t_dk, t_dv, t_dq_sum, p_end_query, s_q, s_k, s_v, s_d_out, s_lse_log2, s_delta, s_d_score, s_dq,
         kv_full, full, empty, shared, taken,
@@ -460,8 +468,7 @@ def sm90_cases() -> list[Sm90Case]:
         )
     ]
     for head_dim, add_dq in ((64, True), (64, False), (128, False)):
-        layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-        tile = f"tensordesc<bf16[{ROWS.value},{head_dim}],{layout!r}>"
+        tile = f"tensordesc<bf16[{ROWS.value},{head_dim}],{TILE_LAYOUT!r}>"
         cases.append(
             Sm90Case(
                 name=f"attention_gluon_bwd_hd{head_dim}" + ("_add_dq" if add_dq else ""),

@@ -28,9 +28,7 @@ Legend: N tokens, H query heads, K key heads, D head dim; b_x tiles in registers
 t_x TMA descriptors.
 """
 
-import os
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -39,26 +37,26 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minicpm_kernels._compile import Sm90Case
+from minicpm_kernels.attention_gluon import (
+    LOG2_E,
+    ROWS,
+    TILE_LAYOUT,
+    barriers,
+    gluon_descriptor,
+    meet,
+    release,
+)
 from minicpm_kernels.attention_schedule import attention_bounds, heads_per_section, rows_of_heads
-from minicpm_kernels.backend import GLUON_VARIABLE, interpreter_enabled
 
-LOG2_E = 1.4426950408889634
 LN_2 = gl.constexpr(0.6931471805599453)
-# Rows of an attender: those of one warpgroup's product.
-ROWS = gl.constexpr(64)
 BLOCK_K = 128
 # What the loader tells an attender about a tile, in `s_work`: its first row (-1: there is no more work) and the head;
 # then the blocks after the diagonal, first those that all rows see in full, then those where documents or windows
 # start, the first key of the latter, and last the number of blocks that are for other attenders.
 FIRST_ROW, HEAD, FULL, CUT, CUT_KEY, REST = (gl.constexpr(field) for field in range(6))
 FIELDS = gl.constexpr(8)
-# Of queries, keys, values and output in shared memory.
-_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-# Waits for all warps of a partition. Triton 3.7 calls it by another name.
-_meet: Any = getattr(gl, "thread_barrier", getattr(gl, "barrier", None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,13 +106,6 @@ def _head_and_first_row(work, num_heads, num_tiles, heads_per_section, BLOCK_Q: 
 def _stage_and_phase(position, STAGES: gl.constexpr):
     """Where the ring holds a block, and the phase that ends when it has landed or been used."""
     return position & (STAGES - 1), (position & STAGES) // STAGES
-
-
-@gluon.jit
-def release(barrier):
-    """Say that the partition is done with something: all of its warps are, not only the one that says so."""
-    _meet()
-    mbarrier.arrive(barrier, count=1)
 
 
 @gluon.jit
@@ -182,7 +173,7 @@ def _load_partition(
                     _write(s_work, c, CUT, cut_to - cut_from)
                     _write(s_work, c, CUT_KEY, end - (cut_from + 1) * BLOCK_K)
                     _write(s_work, c, REST, num_blocks - cut_to)
-                    _meet()
+                    meet()
                     mbarrier.expect(q_full.index(c), t_q.block_type.nbytes)
                     tma.async_copy_global_to_shared(
                         t_q, [row, head * HEAD_DIM], q_full.index(c), s_q.index(c)
@@ -206,7 +197,7 @@ def _pass_block(ring, turns, position, FIRST: gl.constexpr):
     turn, next_turn = turns
     stage, phase = _stage_and_phase(position, k_full.shape[0])
     mbarrier.wait(turn, (position & 1) ^ FIRST)
-    mbarrier.arrive(next_turn, count=1)
+    release(next_turn)
     # An arrival before the block has landed would count for the stage's block before.
     mbarrier.wait(k_full.index(stage), phase)
     release(k_empty.index(stage))
@@ -277,7 +268,7 @@ def _attend_block(
     )
     mbarrier.wait(v_full.index(v_stage), v_phase)
     out = hopper.warpgroup_mma(b_weight, s_v.index(v_stage), b_out, is_async=True)
-    mbarrier.arrive(next_turn, count=1)
+    release(next_turn)
     b_score = hopper.warpgroup_mma_wait(1, deps=[score])
     release(k_empty.index(k_stage))
 
@@ -342,7 +333,7 @@ def _attend_partition(shared, turns, INDEX: gl.constexpr, OVERLAP: gl.constexpr)
         score = hopper.warpgroup_mma(
             s_q, s_k.index(stage).permute((1, 0)), b_score, use_acc=False, is_async=True
         )
-        mbarrier.arrive(next_turn, count=1)
+        release(next_turn)
         b_row = first_row + gl.arange(0, ROWS, row_layout)
         b_first_key = gl.load(p_first_key + gl.minimum(b_row, num_tokens - 1))
         b_score = hopper.warpgroup_mma_wait(0, deps=[score])
@@ -407,15 +398,6 @@ def _attend_partition(shared, turns, INDEX: gl.constexpr, OVERLAP: gl.constexpr)
 _INTEGERS = ("num_tokens", "num_heads", "num_tiles", "heads_per_section", "group")
 
 
-@gluon.jit
-def barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    """As many mbarriers, each of so many arrivals a phase."""
-    made = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(count):
-        mbarrier.init(made.index(i), count=arrivals)
-    return made
-
-
 # One program for all sizes: the one that `sm90_cases` lists and tests judge.
 @gluon.jit(do_not_specialize=_INTEGERS)
 def attention_gluon_fwd_kernel(
@@ -470,49 +452,6 @@ def attention_gluon_fwd_kernel(
             [4, 4, 4],
             [REGISTERS, REGISTERS, REGISTERS],
         )
-
-
-def gluon_obstacle(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Why the kernel does not serve such tensors, as a clause; empty when it does."""
-    if os.environ.get(GLUON_VARIABLE) == "0":
-        return f"{GLUON_VARIABLE}=0 rules Gluon kernels out"
-    if interpreter_enabled():
-        return "Triton's interpreter does not run Gluon"
-    if missing := _missing_from_gluon():
-        return f"Triton {triton.__version__} has no {missing}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"the Gluon kernel is for compute capability 9.0, the card has {major}.{minor}"
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"the Gluon kernel serves bfloat16 and float16, not {dtype}"
-    if head_dim not in (64, 128):
-        return f"the Gluon kernel serves head dims 64 and 128, not {head_dim}"
-    return ""
-
-
-def _missing_from_gluon() -> str:
-    """The first thing that the kernel uses and this Triton's Gluon, which is experimental, does not have."""
-    if _meet is None:
-        return "barrier of a partition in Gluon"
-    used = {
-        gl: "warp_specialize allocate_shared_memory inline_asm_elementwise num_warps atomic_add",
-        hopper: "warpgroup_mma warpgroup_mma_wait fence_async_shared",
-        mbarrier: "init expect arrive wait MBarrierLayout",
-        tma: "async_copy_global_to_shared async_copy_shared_to_global store_wait",
-    }
-    for module, names in used.items():
-        for name in names.split():
-            if not hasattr(module, name):
-                return f"{module.__name__}.{name}"
-    return ""
-
-
-def gluon_descriptor(x_NHD: Tensor, rows: int) -> TensorDescriptor:
-    """A TMA descriptor of (N, H·D) in blocks of ``rows`` tokens of one head; rows outside N read as zero."""
-    num_tokens, heads, head_dim = x_NHD.shape
-    return TensorDescriptor(
-        x_NHD, [num_tokens, heads * head_dim], [x_NHD.stride(0), 1], [rows, head_dim], _LAYOUT
-    )
 
 
 def _num_multiprocessors(device: torch.device) -> int:
@@ -578,7 +517,7 @@ def sm90_cases() -> list[Sm90Case]:
     for head_dim in (64, 128):
         tiles = gluon_tiles(head_dim)
         q_tile, k_tile = (
-            f"tensordesc<bf16[{rows},{head_dim}],{_LAYOUT!r}>" for rows in (ROWS.value, BLOCK_K)
+            f"tensordesc<bf16[{rows},{head_dim}],{TILE_LAYOUT!r}>" for rows in (ROWS.value, BLOCK_K)
         )
         cases.append(
             Sm90Case(

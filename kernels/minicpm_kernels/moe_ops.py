@@ -6,20 +6,24 @@ own keeps the graph around it whole. Which implementation runs is decided when i
 Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K.
 """
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from minicpm_kernels import moe_reference
-from minicpm_kernels.backend import choose_backend, obstacle_to_large_tiles
+from minicpm_kernels.backend import OVERRIDE_VARIABLE, choose_backend, obstacle_to_large_tiles
 
 
 def uses_triton(tensor: Tensor, op: str) -> bool:
     """Whether the Triton kernels serve this tensor; they compute in float32, so float64 goes to plain torch."""
     if tensor.dtype == torch.float64 or choose_backend(tensor, op).name != "triton":
         return False
-    return not (tensor.is_cuda and op == "moe_experts" and obstacle_to_large_tiles(tensor.device))
+    obstacle = obstacle_to_large_tiles(tensor.device) if tensor.is_cuda and op == "moe_experts" else ""
+    if obstacle and os.environ.get(OVERRIDE_VARIABLE) == "triton":
+        raise RuntimeError(f"{op}: {OVERRIDE_VARIABLE}=triton, but {obstacle}; unset {OVERRIDE_VARIABLE}")
+    return not obstacle
 
 
 @torch.library.custom_op("minicpm_kernels::moe_experts", mutates_args=())

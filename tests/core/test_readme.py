@@ -28,12 +28,14 @@ def test_gpu_table_is_of_files_from_a_card(readme, tmp_path):
         return {"op": "attention", "shape": "4k", "peer": peer, "rate": rate, "rate_unit": "TFLOP/s"}
 
     def write(name, environment, rows):
-        (tmp_path / name).write_text(json.dumps({"environment": environment, "rows": rows}))
+        content = {"environment": environment} | ({"rows": rows} if rows else {})
+        (tmp_path / name).write_text(json.dumps(content))
 
     write("cpu.json", {"device": "a CPU"}, [row("ours", 1.0), row("eager", 1.0)])
     assert "not been run on a GPU" in readme.gpu_table(tmp_path)
     rows = [row("ours", 440.0), row("slow", 200.0), row("fast", 400.0), row("absent", None)]
     write("attention.json", {"device": "a card", "cuda": "13.0"}, rows)
+    write("curve_check.json", {"device": "a card", "cuda": "13.0"}, None)
     line = readme.gpu_table(tmp_path).splitlines()[-1]
     assert line == "| attention | 4k | 440 TFLOP/s | fast | 400 | 1.10× | a card |"
 

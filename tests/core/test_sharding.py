@@ -2,6 +2,8 @@
 
 import dataclasses
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,10 +53,9 @@ def gradients_of_one_process(config):
     return [loss.item() for loss in losses], {name: p.grad for name, p in model.named_parameters()}
 
 
-def train_sharded(rank, config, kernels, folder):
+def train_sharded(rank, config, folder):
     """What each process runs: one backward of its own row; the gathered gradients go to a file."""
-    os.environ["MINICPM_KERNELS"] = kernels
-    if kernels == "triton":
+    if os.environ["MINICPM_KERNELS"] == "triton":
         from minicpm_kernels import _interpreter
 
         _interpreter.mend()
@@ -86,10 +87,19 @@ def test_sharded_gradients_are_those_of_one_process(name, kernels, tmp_path):
     if kernels == "triton":
         pytest.importorskip("triton")
     losses, expected = gradients_of_one_process(CONFIGS[name])
-    torch.multiprocessing.spawn(train_sharded, (CONFIGS[name], kernels, str(tmp_path)), nprocs=PROCESSES)
+    environment = os.environ | {"MINICPM_KERNELS": kernels}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), name, str(tmp_path)], env=environment)
+        for rank in range(PROCESSES)
+    ]
+    assert [process.wait(timeout=300) for process in processes] == [0] * PROCESSES
     for rank in range(PROCESSES):
         loss, gradients = torch.load(tmp_path / f"{rank}.pt")
         assert loss == pytest.approx(losses[rank], rel=1e-5)
         assert gradients.keys() == expected.keys()
         for parameter, gradient in gradients.items():
             torch.testing.assert_close(gradient, expected[parameter], rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    train_sharded(int(sys.argv[1]), CONFIGS[sys.argv[2]], sys.argv[3])

@@ -15,8 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from minicpm_kernels import attention_gluon_fwd
-from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward, gluon_obstacle
+from minicpm_kernels import attention_gluon, attention_gluon_fwd
+from minicpm_kernels.attention_gluon import gluon_obstacle
+from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
@@ -133,14 +134,14 @@ def test_obstacles(
 ) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
         pytest.skip("every obstacle is the card's here")
-    monkeypatch.setattr(attention_gluon_fwd, "interpreter_enabled", lambda: False)
+    monkeypatch.setattr(attention_gluon, "interpreter_enabled", lambda: False)
     assert gluon_obstacle(64, torch.bfloat16, device) == ""
     assert clause in gluon_obstacle(head_dim, dtype, device)
 
 
 def test_missing_parts_of_gluon_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention_gluon_fwd, "interpreter_enabled", lambda: False)
-    monkeypatch.delattr(attention_gluon_fwd.tma, "store_wait")
+    monkeypatch.setattr(attention_gluon, "interpreter_enabled", lambda: False)
+    monkeypatch.delattr(attention_gluon.tma, "store_wait")
     assert gluon_obstacle(64, torch.bfloat16, device).endswith(
         "has no triton.experimental.gluon.language.nvidia.hopper.tma.store_wait"
     )
