@@ -72,6 +72,21 @@ def decay(arguments: argparse.Namespace) -> int:
 def _decay(arguments: argparse.Namespace) -> int:
     from minicpm_training.session import decay_branch, train_branch
 
+    run, at, recipe = distributed.agree(lambda: _branching(arguments))
+    num_processes = _num_processes(arguments, recipe)
+    if num_processes > distributed.size():
+        return distributed.launch(["decay", arguments.run, *_options(arguments)], num_processes)
+    settings = [word for setting in arguments.settings for word in ("--set", setting)]
+    data = ["--data", arguments.data] if arguments.data else []
+    go_on = ["decay", str(run.folder), "--at", str(at), "--tokens", str(arguments.tokens), *data, *settings]
+    with _watcher() as watcher:
+        branch = distributed.agree(lambda: decay_branch(run, recipe))
+        finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
+    return _ended(run, finished, go_on=go_on, as_json=arguments.json)
+
+
+def _branching(arguments: argparse.Namespace) -> tuple[Run, int, Recipe]:
+    """The run, the step to branch from, and the decay's recipe."""
     run = open_run(arguments.run)
     steps = run.trunk.steps()
     if not steps:
@@ -86,16 +101,7 @@ def _decay(arguments: argparse.Namespace) -> int:
     recipe = decay_recipe(
         saved_recipe(run.trunk.recipe_path), at, arguments.tokens, arguments.data, arguments.settings
     )
-    num_processes = _num_processes(arguments, recipe)
-    if num_processes > distributed.size():
-        return distributed.launch(["decay", arguments.run, *_options(arguments)], num_processes)
-    settings = [word for setting in arguments.settings for word in ("--set", setting)]
-    data = ["--data", arguments.data] if arguments.data else []
-    go_on = ["decay", str(run.folder), "--at", str(at), "--tokens", str(arguments.tokens), *data, *settings]
-    with _watcher() as watcher:
-        branch = distributed.agree(lambda: decay_branch(run, recipe))
-        finished = train_branch(recipe, run, branch, run.trunk.checkpoint(at), watcher)
-    return _ended(run, finished, go_on=go_on, as_json=arguments.json)
+    return run, at, recipe
 
 
 def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings: Sequence[str]) -> Recipe:
@@ -261,13 +267,9 @@ def _options(arguments: argparse.Namespace) -> list[str]:
 def _watcher() -> Iterator[Watcher]:
     from minicpm_training.session import Watcher
 
-    if distributed.size() == 1:
-        with stop_on_signals() as should_stop, Progress() as progress:
-            yield Watcher(progress=progress, should_stop=should_stop)
-        return
     with (
         Path(os.devnull).open("w", encoding="utf-8") as nowhere,
-        stop_on_signals(insist=False) as asked,
+        stop_on_signals(insist=distributed.size() == 1) as asked,
         Progress(None if distributed.is_main() else nowhere) as progress,
     ):
         yield Watcher(progress=progress, should_stop=lambda: distributed.agree_to_stop(asked()))

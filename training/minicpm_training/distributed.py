@@ -8,6 +8,7 @@ every function here gives back what it was given and imports nothing of ``torch.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -100,6 +101,8 @@ def joined() -> Iterator[None]:
         barrier()  # none ends before all are done
         distributed.destroy_process_group()
     except Exception as error:
+        # To end without a teardown: that of a process group in use aborts now and then, or waits for the others.
+        atexit.register(os._exit, EXIT_ERROR)
         if not (is_main() and isinstance(error, UserError)):
             time.sleep(GRACE_SECONDS + rank() / 2)
         raise
@@ -298,7 +301,7 @@ def launch(words: Sequence[str], num_processes: int) -> int:
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
         )
-        start = partial(pool.submit, elastic_launch(config, _work), list(words))
+        start = partial(pool.submit, elastic_launch(config, _work), list(words), os.getpid())
         results, signals = _hand_on_signals(start, num_processes)
         try:
             code: int = max(results.result().values())
@@ -313,7 +316,7 @@ def launch(words: Sequence[str], num_processes: int) -> int:
                 raise KeyboardInterrupt from None
             raise UserError(
                 f"process {first} of {num_processes} was killed by {failure.signal_name()}, and the others were ended; "
-                "the last checkpoint is good: resume from it"
+                "what was saved is good: the run can go on from its last checkpoint, if it has one"
             ) from None
 
 
@@ -327,13 +330,15 @@ def _quiet_logs(*, unless: bool) -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _work(words: list[str]) -> int:
+def _work(words: list[str], launcher: int) -> int:
     """What each process runs: the command itself. Returns its exit code where that is no failure."""
     from minicpm_edge.cli import main
 
-    launcher = os.getppid()
+    # A launcher's death sends SIGINT, which is to end this process except in training; it may be dead already.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getppid() != launcher:
+        sys.exit(EXIT_ERROR)
     code = main(words)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # which is what a launcher's death sends
     if code not in (0, EXIT_INTERRUPTED) or os.getppid() != launcher:
         sys.exit(code)
     return code

@@ -66,5 +66,5 @@ def train_within(recipe: Recipe, run: Run, watcher: Watcher, *, seconds: float) 
     if not train_branch(recipe, run, run.trunk, None, limited):
         if watcher.should_stop():
             return False
-        recipe = cut_recipe(recipe, run.trunk.steps()[-1])
+        recipe = cut_recipe(recipe, agree(run.trunk.steps)[-1])
     return train_run(recipe, run, watcher)

@@ -12,58 +12,64 @@ import numpy as np
 from .errors import PtxError
 from .numeric import Array
 
-CELL = 1  # bytes that are watched as one
-_ATOMIC = -1
+_MANY = -1  # stands for two blocks or more: one of them is always another one
 
 
 class GlobalWatch:
-    """Which block wrote and which read each cell of a launch's tensors."""
+    """Which block read, wrote and atomically updated each byte of a launch's tensors; 0 is none."""
 
     def __init__(self, start: int, end: int) -> None:
-        self.origin = start // CELL * CELL
-        cells = -(-(end - self.origin) // CELL) + 8
-        self.writer = np.zeros(cells, np.int32)
-        self.reader = np.zeros(cells, np.int32)
+        self.origin = start
+        self.reader, self.writer, self.updater = (np.zeros(end - start, np.int32) for _ in range(3))
 
-    def _cells(self, addresses: Array, size: int) -> Array:
-        first = (addresses.astype(np.int64) - self.origin) // CELL
-        return first if size <= CELL else (first[:, None] + np.arange(size // CELL)[None, :]).ravel()
+    def _bytes(self, addresses: Array, size: int) -> Array:
+        first = addresses.astype(np.int64) - self.origin
+        return (first[:, None] + np.arange(size)[None, :]).ravel()
 
-    def _race(self, cells: Array, bad: Array, what: str, block: int, other: Array, name: str) -> PtxError:
-        index = int(np.argmax(bad))
-        who = int(other[index])
-        before = "atomic operations of blocks" if who == _ATOMIC else f"block number {who - 1}"
-        offset = int(cells[index]) * CELL + self.origin
-        return PtxError(
-            f"race between blocks on {name} at {offset:#x}: {what} by block number {block - 1} and {before}"
-        )
+    def _find_race(
+        self, where: Array, earlier: list[tuple[Array, str]], what: str, block: int, name: str
+    ) -> PtxError | None:
+        """The fault, if another block is among the `earlier` ones."""
+        for blocks, how in earlier:
+            others = blocks[where]
+            bad = (others != 0) & (others != block)
+            if bad.any():
+                index = int(np.argmax(bad))
+                who = int(others[index])
+                before = "several blocks" if who == _MANY else f"block number {who - 1}"
+                address = int(where[index]) + self.origin
+                return PtxError(
+                    f"race between blocks on {name} at {address:#x}: {what} by block number {block - 1}, "
+                    f"{how} by {before}"
+                )
+        return None
+
+    @staticmethod
+    def _add(blocks: Array, where: Array, block: int) -> None:
+        before = blocks[where]
+        blocks[where] = np.where((before == 0) | (before == block), block, _MANY)
 
     def read(self, addresses: Array, size: int, block: int, name: str) -> None:
-        cells = self._cells(addresses, size)
-        writer = self.writer[cells]
-        bad = (writer != 0) & (writer != block)
-        if bad.any():
-            raise self._race(cells, bad, "read of what was written", block, writer, name)
-        self.reader[cells] = block
+        where = self._bytes(addresses, size)
+        earlier = [(self.writer, "written"), (self.updater, "updated atomically")]
+        if (race := self._find_race(where, earlier, "read", block, name)) is not None:
+            raise race
+        self._add(self.reader, where, block)
 
     def write(self, addresses: Array, size: int, block: int, name: str, same: Callable[[], bool]) -> None:
-        cells = self._cells(addresses, size)
-        for other, what in (
-            (self.writer[cells], "write of what was written"),
-            (self.reader[cells], "write of what was read"),
-        ):
-            bad = (other != 0) & (other != block)
-            if bad.any():
-                if same():
-                    return
-                raise self._race(cells, bad, what, block, other, name)
-        self.writer[cells] = block
+        """`same` tells whether the values are those already there."""
+        where = self._bytes(addresses, size)
+        earlier = [(self.writer, "written"), (self.updater, "updated atomically"), (self.reader, "read")]
+        if (race := self._find_race(where, earlier, "written", block, name)) is not None:
+            if same():
+                return
+            raise race
+        self.writer[where] = block
 
     def update(self, addresses: Array, size: int, block: int, name: str) -> None:
         """Atomic operations, in any order with those of others."""
-        cells = self._cells(addresses, size)
-        writer = self.writer[cells]
-        bad = (writer != 0) & (writer != block) & (writer != _ATOMIC)
-        if bad.any():
-            raise self._race(cells, bad, "atomic update of what was written", block, writer, name)
-        self.writer[cells] = _ATOMIC
+        where = self._bytes(addresses, size)
+        earlier = [(self.writer, "written"), (self.reader, "read")]
+        if (race := self._find_race(where, earlier, "updated atomically", block, name)) is not None:
+            raise race
+        self._add(self.updater, where, block)

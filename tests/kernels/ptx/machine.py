@@ -4,8 +4,13 @@ What a GPU leaves open is a choice here, made by `Mode`: which warp goes on (in 
 memory access), when asynchronous work happens (at once, as late as possible, or at random), and the order of blocks.
 A correct kernel gives the same result under all of them.
 
-Not modelled: clusters, tensor maps made on the device, time, caches and the order in which weak global accesses of
-different warps become visible. wgmma is carried out warp by warp, 16 of its 64 rows each.
+Not modelled:
+- clusters, tensor maps made on the device, time, caches;
+- global memory between the warps of one block: neither races nor the order in which weak accesses become visible;
+- order between the lanes of one warp: lane 0 may fence and arrive for what lane 3 wrote, without bar.warp.sync;
+- atomic operations on shared memory as accesses that may race;
+- mbarrier.try_wait and test_wait that fail before the phase ends: both wait for its end;
+- that the four warps of a warpgroup issue the same wgmma: each is carried out warp by warp, 16 of its 64 rows each.
 """
 
 from __future__ import annotations

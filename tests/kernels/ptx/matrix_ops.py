@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 Act = Callable[["Block", Warp], Any]
 
-_LANES = np.arange(32)
-
 
 def _count(instruction: Instruction) -> int:
     return int(next(x for x in instruction.opcode if x in ("x1", "x2", "x4"))[1])
@@ -81,13 +79,8 @@ def _store_matrix(instruction: Instruction, code: Code) -> Act:
 def _multiply(instruction: Instruction, code: Code) -> Act:
     """mma.sync of 16 by 8 tiles with float32 sums."""
     shape, *layout, d_type, a_type, b_type, c_type = instruction.opcode[3:]
-    size = {"bf16": ("m16n8k16", "m16n8k8"), "f16": ("m16n8k16", "m16n8k8"), "tf32": ("m16n8k8", "m16n8k4")}
-    known = (
-        a_type == b_type
-        and a_type in size
-        and shape == size[a_type][0]
-        and (d_type, c_type) == ("f32", "f32")
-    )
+    shapes = {"bf16": "m16n8k16", "f16": "m16n8k16", "tf32": "m16n8k8"}
+    known = a_type == b_type and shape == shapes.get(a_type) and (d_type, c_type) == ("f32", "f32")
     if not known or layout != ["row", "col"]:
         raise PtxError(f"unknown instruction {instruction.text!r}")
     target, *operands = instruction.operands
@@ -114,11 +107,13 @@ class Product:
     type_: str
     columns: int
     depth: int
-    left: list[Array] | int
+    left: list[Array] | int  # A's registers or descriptor
+    left_registers: list[Reg]
     right: int
     transposed: tuple[bool, bool]
     scales: tuple[int, int]
     accumulators: list[Any] | None
+    sum_registers: list[Reg]
     first_row: int
     issued: Issued
     total: Array | None = None  # (16, n)
@@ -142,6 +137,20 @@ class Product:
         self.total = total
         self.result = mma.matrix_to_accumulators(total)
         self.accumulators = None
+
+    def check_registers(self, registers: list[Any]) -> None:
+        """A and the sums must be left alone until the wait; later products may add to the same sums."""
+        changed = [reg for reg in self.sum_registers if type(registers[reg.index]) is not mma.Pending]
+        if isinstance(self.left, list):
+            for reg, before in zip(self.left_registers, self.left, strict=True):
+                now = registers[reg.index]
+                # A write that no lane's predicate lets through makes a copy.
+                if now is not before and (type(now) is mma.Pending or (now != before).any()):
+                    changed.append(reg)
+        if changed:
+            raise PtxError(
+                f"{changed[0].name} is written before the wgmma.wait_group that completes {self.text!r}"
+            )
 
     @staticmethod
     def _sums_before(accumulators: list[Any]) -> Array:
@@ -181,15 +190,15 @@ def _product(instruction: Instruction, code: Code) -> Act:
     if columns % 8 or columns > 256 or depth * mma.ELEMENT[a_type] != 32:
         raise PtxError(f"unknown instruction {instruction.text!r}")
     target, left, right, keep, *flags = instruction.operands
-    registers = [x.index for x in items_of(target) if isinstance(x, Reg)]
-    if len(registers) != columns // 2:
-        raise PtxError(f"{instruction.text!r} has {len(registers)} accumulators")
-    left_reads = [reader(x, 32, code) for x in left.items] if isinstance(left, Vec) else None
+    sum_registers = [x for x in items_of(target) if isinstance(x, Reg)]
+    if len(sum_registers) != columns // 2:
+        raise PtxError(f"{instruction.text!r} has {len(sum_registers)} accumulators")
+    left_registers = [x for x in left.items if isinstance(x, Reg)] if isinstance(left, Vec) else []
     left_descriptor = None if isinstance(left, Vec) else reader(left, 64, code)
     right_descriptor, keeps = reader(right, 64, code), reader(keep, 1, code)
     numbers = [int(x.value) if isinstance(x, Imm) else 0 for x in flags]
     scales, transposes = (numbers[0], numbers[1]), [bool(x) for x in numbers[2:]]
-    if left_reads is not None:
+    if left_descriptor is None:
         transposes = [False, *transposes]
     transposed = (transposes[0], transposes[1]) if len(transposes) == 2 else (False, False)
 
@@ -203,14 +212,13 @@ def _product(instruction: Instruction, code: Code) -> Act:
         _uniform(keep_sums, instruction)
         _uniform(descriptor, instruction)
         a: list[Array] | int
-        if left_reads is not None:
-            a = [read(state) for read in left_reads]
+        if left_descriptor is None:
+            a = [state[reg.index] for reg in left_registers]
         else:
-            assert left_descriptor is not None
             value = left_descriptor(state)
             _uniform(value, instruction)
             a = int(value[0])
-        sums = [state[index] for index in registers] if keep_sums[0] else None
+        sums = [state[reg.index] for reg in sum_registers] if keep_sums[0] else None
         fenced = (
             [*(a if isinstance(a, list) else []), *(sums or [])] if block.launch.mode.register_fences else []
         )
@@ -220,11 +228,11 @@ def _product(instruction: Instruction, code: Code) -> Act:
             if not known:
                 raise PtxError("no wgmma.fence between writing a register and its use in wgmma")
         product = Product(
-            instruction.text.split("{")[0].strip(), a_type, columns, depth, a, int(descriptor[0]), transposed, scales,
-            sums, 16 * (warp.number % 4), block.watch.issue(warp, "product"),
+            instruction.text.split("{")[0].strip(), a_type, columns, depth, a, left_registers, int(descriptor[0]),
+            transposed, scales, sums, sum_registers, 16 * (warp.number % 4), block.watch.issue(warp, "product"),
         )  # fmt: skip
-        for number, index in enumerate(registers):
-            state[index] = mma.Pending(product, number)
+        for number, reg in enumerate(sum_registers):
+            state[reg.index] = mma.Pending(product, number)
         warp.products.append(product)
         if (
             block.eager()
@@ -269,6 +277,7 @@ def _product_wait(instruction: Instruction, code: Code) -> Act:
         while len(warp.product_groups) > keep:
             for product in warp.product_groups.pop(0):
                 product.perform(block)
+                product.check_registers(warp.registers)
                 block.watch.finish(warp, product.issued)
                 finished.add(id(product))
         if not finished:

@@ -13,16 +13,8 @@ from .numeric import Array, bf16_to_f4, f4_to_bf16
 
 SWIZZLE_SPANS = {0: None, 1: 32, 2: 64, 3: 128}
 # CUtensorMapDataType
-_UNSIGNED = {0: 1, 1: 2, 2: 4, 3: 4, 4: 8, 5: 8}
-_FLOATS = {
-    6: ("f2", 2),
-    7: ("f4", 4),
-    8: ("f8", 8),
-    9: ("bf16", 2),
-    10: ("f4", 4),
-    11: ("f4", 4),
-    12: ("f4", 4),
-}
+_INTEGERS = range(6)
+_FLOATS = {6: "f2", 7: "f4", 8: "f8", 9: "bf16", 10: "f4", 11: "f4", 12: "f4"}
 
 
 def swizzled(addresses: Array, mode: int) -> Array:
@@ -142,12 +134,12 @@ class TensorMap:
     def _reduce(self, old: Array, new: Array, operation: str) -> Array:
         function = {"add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and,
                     "or": np.bitwise_or, "xor": np.bitwise_xor}[operation]  # fmt: skip
-        if self.type in _UNSIGNED:
+        if self.type in _INTEGERS:
             if self.type in (3, 5) and operation in ("min", "max"):
                 signed = {4: np.int32, 8: np.int64}[self.element]
                 return np.asarray(function(old.view(signed), new.view(signed))).view(old.dtype)
             return np.asarray(function(old, new))
-        name, _ = _FLOATS[self.type]
+        name = _FLOATS[self.type]
         if name == "bf16":
             return f4_to_bf16(function(bf16_to_f4(old), bf16_to_f4(new)))
         return np.asarray(function(old.view(name), new.view(name))).view(old.dtype)

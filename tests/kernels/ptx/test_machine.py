@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ptx.between_blocks import GlobalWatch
 from ptx.code import Code
 from ptx.driver import use
 from ptx.errors import PtxError
@@ -27,6 +28,8 @@ PRODUCTION = (
     "test_attention_triton.py::test_grouped_heads[3-False]",
     "test_attention_triton.py::test_grouped_heads[3-True]",
     "test_moe_experts.py::test_outputs_and_gradients[triton-ragged]",
+    "test_attention_gluon.py::test_as_accurate_as_torch[[63]-64]",
+    "test_attention_gluon_bwd.py::test_as_accurate_as_torch[[130]-64]",
 )
 MODES = [
     Mode(),
@@ -286,6 +289,49 @@ def overlap_kernel(p_x, p_out, N: tl.constexpr):
     tl.store(p_out + here, tl.load(p_x + here) + tl.program_id(0))
 
 
+@pytest.mark.parametrize(
+    ("accesses", "races"),
+    [
+        ("A reads, B reads, A reads", False),
+        ("A writes, A reads, A updates, A writes, A updates", False),
+        ("A updates, B updates, A updates", False),
+        ("A reads, B writes", True),
+        ("B reads, A reads, A writes", True),
+        ("A reads, B reads, A writes", True),
+        ("B reads, A updates", True),
+        ("A reads, A updates, B updates", True),
+        ("A updates, B reads", True),
+        ("A updates, A reads, B reads", True),
+        ("A writes, B updates", True),
+        ("A writes, A updates, B updates", True),
+        ("A updates, A writes, B updates", True),
+        ("A updates, B updates, A writes", True),
+    ],
+    ids=str,
+)
+def test_races_between_blocks(accesses, races):
+    watch = GlobalWatch(1000, 1100)
+    address = np.array([1000])
+    steps = [x.split() for x in accesses.split(", ")]
+
+    def act(block, access):
+        if access == "reads":
+            watch.read(address, 4, block, "p_x")
+        elif access == "updates":
+            watch.update(address, 4, block, "p_x")
+        else:
+            watch.write(address, 4, block, "p_x", lambda: False)
+
+    for who, access in steps[:-1]:
+        act("AB".index(who) + 1, access)
+    who, access = steps[-1]
+    if races:
+        with pytest.raises(PtxError, match="race between blocks on p_x at 0x3e8"):
+            act("AB".index(who) + 1, access)
+    else:
+        act("AB".index(who) + 1, access)
+
+
 HEAD = """
 .version 8.7
 .target sm_90a
@@ -372,6 +418,44 @@ def test_an_mbarrier_orders_a_producer_and_a_consumer():
         )
     with pytest.raises(PtxError, match="more arrivals"):
         run_ptx(body + arrive.replace(";", ", 200;"))
+
+
+# Four warps multiply 64 rows of A, in registers, by 8 columns of zeros in shared memory.
+PRODUCT = """
+    setp.ge.u32 %p1, %r1, 128;
+    @%p1 ret;
+    mov.b32 %r5, 0;
+    st.shared.b32 [%r4], %r5;
+    fence.proxy.async.shared::cta;
+    bar.sync 1, 128;
+    mov.b32 %r10, %r1;
+    mov.b32 %r11, %r1;
+    mov.b32 %r12, %r1;
+    mov.b32 %r13, %r1;
+    setp.eq.b32 %p2, 0, 1;
+    mov.b64 %rd3, 0x0000000800000040;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16
+        {{%r20, %r21, %r22, %r23}}, {{%r10, %r11, %r12, %r13}}, %rd3, %p2, 1, 1, 0;
+    wgmma.commit_group.sync.aligned;
+    {}
+    wgmma.wait_group.sync.aligned 0;
+    {}
+    st.global.b32 [%rd1], %r20;
+"""
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_registers_of_a_product_are_left_alone_until_its_wait(mode):
+    for harmless in ("", "@%p2 mov.b32 %r12, %r5;"):
+        out = run_ptx(PRODUCT.format(harmless, "mov.b32 %r12, %r5;"), mode)
+        assert out.tolist() == [0] * 128 + [-1] * 128
+    problem = "%r{} is written before the wgmma.wait_group that completes 'wgmma.mma_async.*'"
+    for register in (10, 13, 20, 23):
+        writes = (f"mov.b32 %r{register}, %r3;", f"setp.eq.b32 %p3, %r1, 5; @%p3 mov.b32 %r{register}, 7;")
+        for write in writes[: 2 if register < 20 else 1]:
+            with pytest.raises(PtxError, match=problem.format(register)):
+                run_ptx(PRODUCT.format(write, ""), mode)
 
 
 def test_lanes_part_and_meet_again():

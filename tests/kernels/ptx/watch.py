@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from .machine import Block
     from .warp import Warp
 
-CELL = 1  # bytes that are watched as one
 _KINDS = {"product": 1, "store": 2, "copy": 3}
 _MAX_BARRIERS = 256
 
@@ -67,7 +66,7 @@ class Watch:
         for number, clock in enumerate(self.clocks):
             clock.seen[number] = 1
         self.issued = np.zeros(size, np.int32)
-        cells = -(-block.shared.size // CELL) + 8
+        cells = block.shared.size
         self.writer = np.zeros(cells, np.int16)
         self.written = np.zeros(cells, np.int32)
         self.write_note = np.zeros(cells, np.int32)
@@ -93,14 +92,12 @@ class Watch:
     # Accesses
 
     def _cells(self, addresses: Array, size: int) -> Array:
-        first = (addresses.astype(np.int64) - SHARED_BASE) // CELL
-        if size <= CELL:
-            return first
-        return (first[:, None] + np.arange(size // CELL)[None, :]).ravel()
+        first = addresses.astype(np.int64) - SHARED_BASE
+        return (first[:, None] + np.arange(size)[None, :]).ravel()
 
     def _race(self, kind: str, cell: int, earlier: int, later: int) -> PtxError:
         return PtxError(
-            f"race on shared memory at offset {cell * CELL} ({kind}):\n"
+            f"race on shared memory at offset {cell} ({kind}):\n"
             f"  earlier: {self.notes[earlier]}\n  later: {self.notes[later]}\n  nothing orders them"
         )
 
@@ -126,7 +123,7 @@ class Watch:
             cell = int(cells[np.argmax(late)])
             raise PtxError(
                 f"no fence.proxy.async between a write and an asynchronous access of shared memory at offset "
-                f"{cell * CELL}:\n  write: {self.notes[int(self.write_note[cell])]}\n  access: {self.notes[note]}"
+                f"{cell}:\n  write: {self.notes[int(self.write_note[cell])]}\n  access: {self.notes[note]}"
             )
 
     def _check_read(self, cells: Array, clock: Clock, note: int) -> None:
