@@ -34,8 +34,7 @@ def train(arguments: argparse.Namespace) -> int:
     """Start a run, or with ``--resume`` go on with one."""
     if arguments.dry_run:
         return _dry_run(arguments)
-    with distributed.joined():
-        return _train(arguments)
+    return distributed.run_joined(lambda: _train(arguments))
 
 
 def _train(arguments: argparse.Namespace) -> int:
@@ -65,8 +64,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def decay(arguments: argparse.Namespace) -> int:
     """Branch a decay off one of a run's trunk checkpoints, or go on with the same one."""
-    with distributed.joined():
-        return _decay(arguments)
+    return distributed.run_joined(lambda: _decay(arguments))
 
 
 def _decay(arguments: argparse.Namespace) -> int:

@@ -70,17 +70,15 @@ def is_main() -> bool:
     return _place.rank == 0
 
 
-@contextmanager
-def joined() -> Iterator[None]:
-    """For the time of a command, one of the processes that torch's launcher started, if it did.
+def run_joined(command: Callable[[], int]) -> int:
+    """A command's exit code; where torch's launcher started this process, it is for that time one of several.
 
     An error that several meet is told by one: the others hold theirs back for a moment, in which the launcher ends
     them. So do those whose partner died.
     """
     global _place
     if "TORCHELASTIC_RUN_ID" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
-        yield
-        return
+        return command()
     import torch
     from torch import distributed
 
@@ -92,22 +90,25 @@ def joined() -> Iterator[None]:
     )
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ["LOCAL_WORLD_SIZE"])))
+    code = EXIT_ERROR
     try:
         # Numbers and decisions go by gloo, on the CPU; what a GPU holds goes by NCCL.
         gpus = torch.cuda.is_available() and distributed.is_nccl_available()
         distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
-        yield
+        done = command()
         sys.stdout.flush()
         barrier()  # none ends before all are done
         distributed.destroy_process_group()
+        code = done
+        return code
     except Exception as error:
-        # To end without a teardown: that of a process group in use aborts now and then, or waits for the others.
-        atexit.register(os._exit, EXIT_ERROR)
         if not (is_main() and isinstance(error, UserError)):
             time.sleep(GRACE_SECONDS + rank() / 2)
         raise
     finally:
         _place = Place()
+        # The interpreter is not taken down: gloo's threads let go of tensors late, which then would abort the process.
+        atexit.register(os._exit, code)
 
 
 def check(recipe: Recipe, num_processes: int) -> None:
@@ -129,10 +130,12 @@ def check(recipe: Recipe, num_processes: int) -> None:
         raise UserError(
             f"device {recipe.device!r} is one device: several processes need 'auto', 'cuda' or 'cpu'"
         )
-    num_gpus = torch.cuda.device_count()
-    if recipe.device != "cpu" and 0 < num_gpus < num_processes:
+    num_gpus, num_here = torch.cuda.device_count(), num_processes
+    if size() > 1:  # under torchrun, perhaps of several machines
+        num_here = int(os.environ["LOCAL_WORLD_SIZE"])
+    if recipe.device != "cpu" and 0 < num_gpus < num_here:
         raise UserError(
-            f"{num_processes} processes need a GPU each and there are {num_gpus}: "
+            f"{num_here} processes need a GPU each and there are {num_gpus}: "
             f"give --nproc {num_gpus}, or --set device=cpu"
         )
 
@@ -341,6 +344,7 @@ def _work(words: list[str], launcher: int) -> int:
     code = main(words)
     if code not in (0, EXIT_INTERRUPTED) or os.getppid() != launcher:
         sys.exit(code)
+    atexit.register(os._exit, 0)  # to the launcher an interrupted process is one that has done its work
     return code
 
 
