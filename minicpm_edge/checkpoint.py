@@ -210,7 +210,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     for file, shard in zip(files, shards, strict=True):
         # Merged weights share storage between published names, which the format refuses: one copy a shard.
         copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shard.items()}
-        save_file(copies, folder / file, metadata={"format": "pt"})
+        write_tensors(copies, folder / file)
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in state.values())
@@ -265,3 +265,11 @@ def sha256(file: Path) -> str:
 
 def _write_json(path: Path, value: Mapping[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
+
+
+def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
+    """Write a safetensors file. Raises ``OSError`` where the disk is full or refuses, as Python's own writing does."""
+    try:
+        save_file(dict(tensors), file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(f"cannot write {file}: {error}") from None

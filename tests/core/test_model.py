@@ -214,3 +214,15 @@ def test_initial_spread_follows_the_table():
     assert model.embedding.weight.std().item() == pytest.approx(0.1, rel=0.02)
     assert model.layers[0].attention.qkv.weight.std().item() == pytest.approx(matrix_std, rel=0.02)
     assert model.layers[2].feed_forward.down.weight.std().item() == pytest.approx(matrix_std, rel=0.02)
+
+
+def test_a_full_disk_is_no_bug_of_ours(tmp_path):
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+    try:
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            save_checkpoint(tmp_path / "checkpoint", make_model(), tokenizer=None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())

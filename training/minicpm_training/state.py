@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.optim import AdamW
 
-from minicpm_edge.checkpoint import load_checkpoint, save_checkpoint, verify_manifest
+from minicpm_edge.checkpoint import load_checkpoint, save_checkpoint, verify_manifest, write_tensors
 from minicpm_edge.errors import UserError
 from minicpm_edge.model import MiniCPM
 from minicpm_training import distributed
@@ -47,7 +47,7 @@ def save_state(
     model, tensors = distributed.gathered(model, optimizer_tensors(model, optimizer))
 
     def write_extra_files(temporary: Path) -> None:
-        save_file(
+        write_tensors(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             temporary / OPTIMIZER_FILE,
         )
