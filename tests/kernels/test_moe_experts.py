@@ -73,10 +73,8 @@ def check(case, dtype, device, with_gradients, assert_as_accurate, scale=1.0):
         with_gradients(partial(experts_torch, experts=experts), inputs),
         with_gradients(partial(experts_torch, experts=experts), inputs, dtype=torch.float64),
     )
-    # In float32 either error is that of some order of additions, and a compiler's fused ones are another order.
-    factor = 3.0 if dtype == torch.float32 else 2.0
     for what, *values in zip(NAMES, *results, strict=True):
-        assert_as_accurate(*values, factor=factor, what=what)
+        assert_as_accurate(*values, what=what)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
