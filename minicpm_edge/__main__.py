@@ -1,6 +1,6 @@
 """``python -m minicpm_edge``."""
 
-from minicpm_edge.cli import entry
+from minicpm_edge.cli.main import entry
 
 if __name__ == "__main__":
     entry()

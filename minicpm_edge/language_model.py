@@ -8,8 +8,7 @@ from contextlib import closing, contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self, overload
 
-from minicpm_edge.chat import Message, encode_chat
-from minicpm_edge.engine import (
+from minicpm_edge.engines.base import (
     Cancelled,
     Chunk,
     Engine,
@@ -19,7 +18,8 @@ from minicpm_edge.engine import (
     never_cancelled,
 )
 from minicpm_edge.errors import UserError
-from minicpm_edge.text_stream import TextStream
+from minicpm_edge.text.chat import Message, encode_chat
+from minicpm_edge.text.detokenizer import TextStream
 
 POLL_SECONDS = 0.05
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from minicpm_edge.engine import Engine
+    from minicpm_edge.engines.base import Engine
+    from minicpm_edge.formats.resolve import Located
     from minicpm_edge.language_model import LanguageModel
-    from minicpm_edge.locate import Located
 
 MAX_CONTEXT, MAX_THREADS = 1 << 24, 1024
 # Above this many, half of the logical CPUs are hyper-threads or efficiency cores, which slow matrix products down.
@@ -29,7 +29,7 @@ def load(
     """Load a model for use: ``.gguf`` by llama.cpp, ONNX by ONNX Runtime, anything else by torch.
 
     Args:
-        model: what :func:`minicpm_edge.locate.locate` understands; None is the newest run, else the demo model.
+        model: what :func:`~minicpm_edge.formats.resolve.locate` takes; None is the newest run, else the demo model.
         context_length: tokens of prompt and answer together; by default what the model was trained for (GGUF: at
             most 8192, for the memory's sake).
         threads: CPU threads to compute with; by default one for each real core.
@@ -38,8 +38,8 @@ def load(
     Raises:
         UserError: for no such model, a broken one, a setting out of range, or a runtime that is not installed.
     """
+    from minicpm_edge.formats.resolve import locate
     from minicpm_edge.language_model import LanguageModel
-    from minicpm_edge.locate import locate
 
     _check("context_length", context_length, MAX_CONTEXT)
     _check("threads", threads, MAX_THREADS)
@@ -68,7 +68,7 @@ def _engine(found: Located, context_length: int | None, threads: int) -> Engine:
     if found.kind == "gguf":
         _require("llama_cpp", "serve", found)
         from minicpm_edge.engines.llama_cpp import LlamaCppEngine
-        from minicpm_edge.gguf_check import check_gguf
+        from minicpm_edge.formats.gguf_header import check_gguf
 
         check_gguf(found.path)
         return LlamaCppEngine(found.path, context_length=context_length, threads=threads)

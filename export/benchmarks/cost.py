@@ -16,15 +16,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from minicpm_export.certificate import Certificate
 from minicpm_export.cli import GGUF_TYPES, ONNX_TYPES
-from minicpm_export.gguf_job import export_gguf
-from minicpm_export.onnx_job import export_onnx
+from minicpm_export.gguf.job import export_gguf
+from minicpm_export.onnx.job import export_onnx
 from minicpm_export.request import Request
+from minicpm_export.verify.certificate import Certificate
 
-from minicpm_edge.checkpoint import read_config
-from minicpm_edge.locate import locate
-from minicpm_edge.model import count_parameters
+from minicpm_edge.formats.checkpoint import read_config
+from minicpm_edge.formats.resolve import locate
+from minicpm_edge.model.transformer import count_parameters
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
 README = Path(__file__).parents[1] / "README.md"

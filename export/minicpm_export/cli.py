@@ -8,14 +8,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_edge.cli import Command
+from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.locate import Located, locate
-from minicpm_edge.progress import Progress
+from minicpm_edge.formats.resolve import Located, locate
 
 if TYPE_CHECKING:
-    from minicpm_export.certificate import Certificate
     from minicpm_export.request import Request
+    from minicpm_export.verify.certificate import Certificate
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 ONNX_TYPES = ("F32", "INT8")
@@ -102,8 +102,8 @@ def _quant(form: str, asked: str | None) -> str:
 
 
 def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
-    from minicpm_export.certificate import table
     from minicpm_export.request import Request
+    from minicpm_export.verify.certificate import table
 
     with Progress() as progress:
 
@@ -132,7 +132,7 @@ def _write(request: Request, arguments: argparse.Namespace, quant: str) -> tuple
     from minicpm_export.destination import check_file, check_folder, folder_path, gguf_path
 
     if arguments.form == "gguf":
-        from minicpm_export.gguf_job import export_gguf
+        from minicpm_export.gguf.job import export_gguf
 
         out = gguf_path(arguments.out, name=request.name, quant=quant, run=request.run)
         check_file(out, force=arguments.force)
@@ -140,10 +140,10 @@ def _write(request: Request, arguments: argparse.Namespace, quant: str) -> tuple
     out = folder_path(arguments.out, name=request.name, kind=arguments.form, run=request.run)
     check_folder(out, force=arguments.force)
     if arguments.form == "hf":
-        from minicpm_export.huggingface import export_huggingface
+        from minicpm_export.hf.job import export_huggingface
 
         return out, [export_huggingface(request, out, architecture=arguments.architecture)]
-    from minicpm_export.onnx_job import export_onnx
+    from minicpm_export.onnx.job import export_onnx
 
     return out, export_onnx(request, out, (quant,) if quant else ONNX_TYPES)
 

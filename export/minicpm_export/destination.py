@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from minicpm_edge.errors import UserError
-from minicpm_export.certificate import FILE_NAME, Certificate, read, write
+from minicpm_export.verify.certificate import FILE_NAME, Certificate, read, write
 
 # Written early in every GGUF of ours: only those are replaced without being asked.
 MADE_BY_KEY = "minicpm_edge.version"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minicpm_export.certificate import Certificate, hashes
+from minicpm_export.verify.certificate import Certificate, hashes
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,7 +23,7 @@ from unittest import mock
 import torch
 from common import GateError, Row, attempt, gate, missing, run_benchmark, time_ms
 from minicpm_kernels import attention
-from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.attention.reference import attention_reference
 from minicpm_kernels.backend import GLUON_VARIABLE
 from torch import Tensor
 from torch.nn import functional as F
@@ -251,8 +251,10 @@ def replaced(module: Any, name: str, tiles: Any) -> Iterator[None]:
 
 def tune(shape: Shape) -> Iterator[list[Row]]:
     """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
-    from minicpm_kernels import attention_gluon_fwd, attention_triton_bwd, attention_triton_fwd
-    from minicpm_kernels.attention_schedule import Tiles
+    from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
+    from minicpm_kernels.attention import triton_bwd as attention_triton_bwd
+    from minicpm_kernels.attention import triton_fwd as attention_triton_fwd
+    from minicpm_kernels.attention.schedule import Tiles
 
     def tiles(q: int, k: int, warps: int, stages: int, registers: int | None = None) -> Tiles:
         return Tiles(block_q=q, block_k=k, num_warps=warps, num_stages=stages, max_registers=registers)

@@ -19,8 +19,8 @@ from common import GateError, require_cuda, write_json
 from minicpm_kernels import choose_backend
 from torch import Tensor
 
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import MiniCPM
 
 CONFIG = ModelConfig(
     vocab_size=512,

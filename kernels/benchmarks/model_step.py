@@ -28,9 +28,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import Loss, MiniCPM, count_parameters
-from minicpm_edge.presets import preset
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.presets import preset
+from minicpm_edge.model.transformer import Loss, MiniCPM, count_parameters
 
 DEVICE = "cuda"
 ROW = 4_096
@@ -62,12 +62,12 @@ def plain_torch(*, cudnn: bool = False) -> Iterator[None]:
     order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
     with (
         sdpa_kernel(order, set_priority=True) if cudnn else nullcontext(),
-        mock.patch("minicpm_edge.attention.attention", sdpa),
-        mock.patch("minicpm_edge.attention.rope", rope_reference),
-        mock.patch("minicpm_edge.feed_forward.swiglu", swiglu_reference),
-        mock.patch("minicpm_edge.model.rms_norm", rms_norm_reference),
-        mock.patch("minicpm_edge.model.rms_norm_residual", rms_norm_residual_reference),
-        mock.patch("minicpm_edge.model.linear_cross_entropy", linear_cross_entropy_reference),
+        mock.patch("minicpm_edge.model.attention.attention", sdpa),
+        mock.patch("minicpm_edge.model.attention.rope", rope_reference),
+        mock.patch("minicpm_edge.model.mlp.swiglu", swiglu_reference),
+        mock.patch("minicpm_edge.model.transformer.rms_norm", rms_norm_reference),
+        mock.patch("minicpm_edge.model.transformer.rms_norm_residual", rms_norm_residual_reference),
+        mock.patch("minicpm_edge.model.transformer.linear_cross_entropy", linear_cross_entropy_reference),
     ):
         yield
 

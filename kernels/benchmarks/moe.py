@@ -207,8 +207,9 @@ def replaced(module: Any, name: str, value: Any) -> Iterator[None]:
 
 def tune(shape: Shape) -> Iterator[list[Row]]:
     """Time other tiles of each kernel that compile without spills, one kernel changed at a time."""
-    from minicpm_kernels import moe_triton_gemm, moe_triton_gemm_bwd
-    from minicpm_kernels.moe_triton_gemm import Tiles
+    from minicpm_kernels.moe import triton_gemm as moe_triton_gemm
+    from minicpm_kernels.moe import triton_gemm_bwd as moe_triton_gemm_bwd
+    from minicpm_kernels.moe.triton_gemm import Tiles
 
     def tiles(columns: int, depth: int, piece: int, warps: int, *stages: int) -> list[Tiles]:
         size = {"rows": 128, "columns": columns, "depth": depth, "piece": piece, "num_warps": warps}

@@ -67,8 +67,8 @@ COLUMNS = (
 
 def cases() -> Iterator[Sm90Case]:
     """Every case of every module of the package, modules in alphabetical order."""
-    for module in pkgutil.iter_modules(minicpm_kernels.__path__, "minicpm_kernels."):
-        if "_triton" in module.name or "_gluon" in module.name:
+    for module in pkgutil.walk_packages(minicpm_kernels.__path__, "minicpm_kernels."):
+        if "triton" in module.name or "gluon" in module.name:
             yield from getattr(importlib.import_module(module.name), "sm90_cases", list)()
 
 

@@ -7,11 +7,11 @@ Triton only when a kernel first runs.
 
 # Imported here and not on first use: several ops bear their module's name, and only an import statement leaves the
 # function, whatever was imported first.
-from minicpm_kernels.attention import attention, attention_with_lse
-from minicpm_kernels.attention_decode import attention_decode, decode_kernel_serves
+from minicpm_kernels.attention.decode import attention_decode, decode_kernel_serves
+from minicpm_kernels.attention.op import attention, attention_with_lse
 from minicpm_kernels.backend import Backend, choose_backend
 from minicpm_kernels.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
-from minicpm_kernels.moe import MoeOutput, MoeRouting, moe_experts, moe_layer, moe_router
+from minicpm_kernels.moe.layer import MoeOutput, MoeRouting, moe_experts, moe_layer, moe_router
 from minicpm_kernels.rms_norm import rms_norm, rms_norm_residual
 from minicpm_kernels.rope import rope, rope_tables
 from minicpm_kernels.swiglu import swiglu

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minicpm_edge.engines.chatml import chatml_for
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.text.chatml import chatml_for
+from minicpm_edge.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

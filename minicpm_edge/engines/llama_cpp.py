@@ -16,7 +16,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from minicpm_edge.engine import Cancelled, SamplingParams, choose_context
+from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
 from minicpm_edge.engines.llama_vocabulary import LlamaVocabulary
 from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
@@ -42,7 +42,7 @@ _keep_log = llama_cpp.llama_log_callback(_log)
 
 
 class LlamaCppEngine:
-    """One GGUF file in one llama.cpp context. See :class:`~minicpm_edge.engine.Engine`.
+    """One GGUF file in one llama.cpp context. See :class:`~minicpm_edge.engines.base.Engine`.
 
     Raises:
         UserError: when llama.cpp cannot load the file, or was asked for more context than the model was trained for.
@@ -84,7 +84,7 @@ class LlamaCppEngine:
         return self.vocabulary.end_ids
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engine.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
         if not self._prefill(prompt, cancelled):
             return
         with _sampler(params) as sampler:
@@ -96,7 +96,7 @@ class LlamaCppEngine:
                 self._decode([token], position)
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
-        """See :meth:`minicpm_edge.engine.Engine.embed`."""
+        """See :meth:`minicpm_edge.engines.base.Engine.embed`."""
         width: int = llama_cpp.llama_model_n_embd(self._model)
         total_D = np.zeros(width)
         self._forget(0)

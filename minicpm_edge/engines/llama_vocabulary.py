@@ -11,8 +11,8 @@ from typing import Any
 
 import llama_cpp
 
-from minicpm_edge.engines.chatml import chatml_for
 from minicpm_edge.errors import UserError
+from minicpm_edge.text.chatml import chatml_for
 
 _PIECE_BYTES = 64
 _CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
@@ -21,7 +21,7 @@ _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class LlamaVocabulary:
-    """:class:`~minicpm_edge.engine.Vocabulary` over a ``llama_vocab``; valid while its model is loaded."""
+    """:class:`~minicpm_edge.engines.base.Vocabulary` over a ``llama_vocab``; valid while its model is loaded."""
 
     def __init__(self, model: Any) -> None:
         self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
@@ -51,7 +51,7 @@ class LlamaVocabulary:
         return frozenset(token for token in range(self.vocab_size) if is_end(self._vocab, token))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
-        """See :meth:`minicpm_edge.engine.Vocabulary.encode`."""
+        """See :meth:`minicpm_edge.engines.base.Vocabulary.encode`."""
         if special or not self._found_in_text:
             return self._encode(text, special)
         # llama.cpp finds user-defined tokens in plain text too; cut behind its first character, none is whole.
@@ -60,7 +60,7 @@ class LlamaVocabulary:
         return [token for part in parts for token in self._encode(part, False)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """See :meth:`minicpm_edge.engine.Vocabulary.decode`."""
+        """See :meth:`minicpm_edge.engines.base.Vocabulary.decode`."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", errors="replace")
         return text.removeprefix(" ") if self._adds_space and ids else text
 

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpm_edge.engine import Cancelled, SamplingParams, choose_context
+from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
 from minicpm_edge.engines.folder import end_ids, load_tokenizer, trained_context
 from minicpm_edge.engines.prompt_cache import PromptCache
+from minicpm_edge.engines.sampling import Sampler
 from minicpm_edge.errors import UserError
-from minicpm_edge.locate import onnx_file
-from minicpm_edge.sampling import Sampler
+from minicpm_edge.formats.resolve import onnx_file
 
 BATCH = 128
 PAST, PRESENT = "past_key_values.", "present."
@@ -29,7 +29,7 @@ Cache = Mapping[str, NDArray[Any]]
 
 
 class OnnxEngine:
-    """One graph in ONNX Runtime. See :class:`~minicpm_edge.engine.Engine`."""
+    """One graph in ONNX Runtime. See :class:`~minicpm_edge.engines.base.Engine`."""
 
     kind = "onnx"
 
@@ -50,7 +50,7 @@ class OnnxEngine:
         self._kept: Cache = self._empty
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engine.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
         start = self._prompts.usable(prompt)
         cache: Cache = {name: past_BKTC[:, :, :start] for name, past_BKTC in self._kept.items()}
         self._kept = cache

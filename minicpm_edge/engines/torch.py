@@ -12,21 +12,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minicpm_edge.attention import KVCache
-from minicpm_edge.checkpoint import load_checkpoint
-from minicpm_edge.engine import Cancelled, SamplingParams, choose_context
+from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
 from minicpm_edge.engines.folder import end_ids, load_tokenizer
 from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
+from minicpm_edge.engines.sampling import Sampler
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
-from minicpm_edge.sampling import Sampler
+from minicpm_edge.formats.checkpoint import load_checkpoint
+from minicpm_edge.model.attention import KVCache
+from minicpm_edge.model.transformer import MiniCPM
 
 BATCH = 256
 
 
 class TorchEngine:
-    """One folder in torch. See :class:`~minicpm_edge.engine.Engine`."""
+    """One folder in torch. See :class:`~minicpm_edge.engines.base.Engine`."""
 
     kind = "torch"
 
@@ -46,7 +46,7 @@ class TorchEngine:
         self._prompts = PromptCache(BATCH)
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engine.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
         start = self._prompts.usable(prompt)
         _, cache = self._open()
         cache.truncate(start)
@@ -63,7 +63,7 @@ class TorchEngine:
             logits_V = self._logits([token])
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
-        """See :meth:`minicpm_edge.engine.Engine.embed`."""
+        """See :meth:`minicpm_edge.engines.base.Engine.embed`."""
         model, _ = self._open()
         with torch.inference_mode():
             states_BTD = model.hidden(torch.tensor([list(tokens)]))

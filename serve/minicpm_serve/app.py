@@ -9,16 +9,17 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from minicpm_edge.engine import Cancelled, Chunk
+from minicpm_edge.engines.base import Cancelled, Chunk
 from minicpm_edge.language_model import LanguageModel
-from minicpm_serve import errors, page
-from minicpm_serve.answers import Answer, ChatAnswer, Json, TextAnswer, embedding_list
-from minicpm_serve.errors import ApiError
-from minicpm_serve.generations import Generations
-from minicpm_serve.guard import Guard
-from minicpm_serve.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, read_body
+from minicpm_serve import page
+from minicpm_serve.api import errors
+from minicpm_serve.api.errors import ApiError
+from minicpm_serve.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, read_body
+from minicpm_serve.api.responses import Answer, ChatAnswer, Json, TextAnswer, embedding_list
+from minicpm_serve.api.security import Guard
+from minicpm_serve.api.streaming import EventStream, ListenedResponse, WholeAnswer
+from minicpm_serve.request_queue import Generations
 from minicpm_serve.settings import ServerSettings
-from minicpm_serve.streaming import EventStream, ListenedResponse, WholeAnswer
 
 OWNER = "minicpm-edge"
 

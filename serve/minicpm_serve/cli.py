@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_edge.cli import Command
-from minicpm_edge.engine import SamplingParams
+from minicpm_edge.cli.main import Command
+from minicpm_edge.engines.base import SamplingParams
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TextIO
 
-from minicpm_edge.engine import Chunk, SamplingParams
+from minicpm_edge.engines.base import Chunk, SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.language_model import LanguageModel
 

@@ -133,10 +133,10 @@ TEXTS = ["hello world, hello there", "the quick brown fox jumps over the lazy do
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A MiniCPM of two layers with random weights and its own tokenizer, as a Hugging Face folder."""
     pytest.importorskip("torch")
-    from minicpm_edge.checkpoint import save_checkpoint
-    from minicpm_edge.config import ModelConfig
-    from minicpm_edge.model import MiniCPM
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.formats.checkpoint import save_checkpoint
+    from minicpm_edge.model.config import ModelConfig
+    from minicpm_edge.model.transformer import MiniCPM
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     root = tmp_path_factory.mktemp("folder")
     tokenizer = Tokenizer.train(TEXTS, 280)
@@ -163,7 +163,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a graph of the usual names: each logit depends on every token so far, through the cache."""
     onnx = pytest.importorskip("onnx")
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("onnx")
     tokenizer = Tokenizer.train(TEXTS, 280)
@@ -219,7 +219,7 @@ def tiny_onnx(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def demo_gguf() -> Path:
     """SmolLM2-135M-Instruct, where the optional package brings it."""
     pytest.importorskip("llama_cpp")
-    from minicpm_edge.locate import demo_model
+    from minicpm_edge.formats.resolve import demo_model
 
     path = demo_model()
     if path is None:

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minicpm_edge.chat import CHATML_TEMPLATE, check_messages, encode_chat, encode_chat_with_mask, render
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.text.chat import CHATML_TEMPLATE, check_messages, encode_chat, encode_chat_with_mask, render
+from minicpm_edge.text.tokenizer import Tokenizer
 
 TALK = [
     {"role": "system", "content": "Be kind."},

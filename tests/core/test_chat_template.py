@@ -5,9 +5,9 @@ import tracemalloc
 
 import pytest
 
-from minicpm_edge import chat_template
-from minicpm_edge.chat_template import MAX_SOURCE, run_template
 from minicpm_edge.errors import UserError
+from minicpm_edge.text import chat_template
+from minicpm_edge.text.chat_template import MAX_SOURCE, run_template
 
 
 def grow(start: str, step: str, times: int = 99) -> str:

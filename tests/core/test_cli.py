@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from minicpm_edge import cli
+from minicpm_edge.cli import main as cli
 from minicpm_edge.errors import UserError
 
 HEAVY = ("torch", "llama_cpp", "onnxruntime", "pyarrow", "matplotlib", "fastapi", "transformers", "numpy")
@@ -14,7 +14,7 @@ HEAVY = ("torch", "llama_cpp", "onnxruntime", "pyarrow", "matplotlib", "fastapi"
 
 def test_help_lists_every_command_and_loads_nothing_heavy():
     script = (
-        "import sys, json; from minicpm_edge.cli import main; code = main(['--help']); "
+        "import sys, json; from minicpm_edge.cli.main import main; code = main(['--help']); "
         f"print(json.dumps([code, [name for name in {HEAVY!r} if name in sys.modules]]))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from minicpm_edge.cli_reference import reference
+from minicpm_edge.cli.reference import reference
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_command_reference_is_current():
     written = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
-    assert written == reference(), "run: python -m minicpm_edge.cli_reference > docs/cli.md"
+    assert written == reference(), "run: python -m minicpm_edge.cli.reference > docs/cli.md"

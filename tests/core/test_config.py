@@ -2,10 +2,10 @@
 
 import pytest
 
-from minicpm_edge.config import ModelConfig, RopeScaling
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import count_parameters
-from minicpm_edge.presets import PRESETS, preset
+from minicpm_edge.model.config import ModelConfig, RopeScaling
+from minicpm_edge.model.presets import PRESETS, preset
+from minicpm_edge.model.transformer import count_parameters
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

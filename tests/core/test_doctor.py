@@ -2,7 +2,7 @@
 
 import json
 
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 
 
 def test_doctor_says_which_kernels_and_why(capsys):

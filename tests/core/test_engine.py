@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minicpm_edge.engine import Cancelled, SamplingParams
+from minicpm_edge.engines.base import Cancelled, SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.language_model import LanguageModel
-from minicpm_edge.text_stream import TextStream
+from minicpm_edge.text.detokenizer import TextStream
 
 # --- settings ---
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from minicpm_edge import load
-from minicpm_edge.engine import SamplingParams
+from minicpm_edge.engines.base import SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.language_model import LanguageModel
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.gguf_check import check_gguf, read_header
-from minicpm_edge.gguf_types import BLOCKS, FLOAT32, INT32, STRING, UINT32, Array, GGUFError, Scalar
+from minicpm_edge.formats.gguf_header import check_gguf, read_header
+from minicpm_edge.formats.gguf_types import BLOCKS, FLOAT32, INT32, STRING, UINT32, Array, GGUFError, Scalar
 
 BOOL, UINT64 = 7, 10
 

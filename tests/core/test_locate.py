@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_edge import locate as locate_module
 from minicpm_edge.errors import UserError
-from minicpm_edge.locate import Located, find_runs, locate, onnx_file
+from minicpm_edge.formats import resolve as locate_module
+from minicpm_edge.formats.resolve import Located, find_runs, locate, onnx_file
 
 
 def touch(path: Path, text: str = "", *, age: float = 0) -> Path:

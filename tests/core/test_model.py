@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from minicpm_edge.attention import KVCache
-from minicpm_edge.checkpoint import load_checkpoint, published_state, save_checkpoint
-from minicpm_edge.config import ModelConfig, RopeScaling
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.formats.checkpoint import load_checkpoint, published_state, save_checkpoint
+from minicpm_edge.model.attention import KVCache
+from minicpm_edge.model.config import ModelConfig, RopeScaling
+from minicpm_edge.model.transformer import MiniCPM
 
 TINY = ModelConfig(
     vocab_size=320,
@@ -160,7 +160,7 @@ def test_a_checkpoint_gives_the_same_bits_back(tmp_path):
 
 
 def test_large_weights_are_sharded_and_read_back(tmp_path, monkeypatch):
-    monkeypatch.setattr("minicpm_edge.checkpoint.MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr("minicpm_edge.formats.checkpoint.MAX_SHARD_BYTES", 100_000)
     model = make_model()
     save_checkpoint(tmp_path / "sharded", model)
     assert len(list((tmp_path / "sharded").glob("model-*-of-*.safetensors"))) > 1

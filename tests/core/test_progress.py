@@ -2,7 +2,7 @@
 
 import io
 
-from minicpm_edge.progress import Progress, duration, fit
+from minicpm_edge.cli.progress import Progress, duration, fit
 
 
 class Clock:

@@ -12,8 +12,8 @@ from torch import distributed
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import MiniCPM
 
 DENSE = ModelConfig(
     vocab_size=96,

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
+from minicpm_edge.text.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
 NASTY = {

@@ -40,10 +40,10 @@ def _export(folder: Path, form: str, out: Path) -> None:
 
 
 def _make_checkpoint(folder: Path) -> Path:
-    from minicpm_edge.checkpoint import save_checkpoint
-    from minicpm_edge.config import ModelConfig
-    from minicpm_edge.model import MiniCPM
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.formats.checkpoint import save_checkpoint
+    from minicpm_edge.model.config import ModelConfig
+    from minicpm_edge.model.transformer import MiniCPM
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.train(pydoc_data.topics.topics.values(), 512)
     tokenizer.save(folder / "tokenizer")
@@ -114,6 +114,6 @@ def test_they_embed_alike(models):
 
 
 def _greedy():
-    from minicpm_edge.engine import SamplingParams
+    from minicpm_edge.engines.base import SamplingParams
 
     return SamplingParams(temperature=0)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_edge.config import ModelConfig
+from minicpm_edge.model.config import ModelConfig
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before anything imports onnxruntime
 
@@ -33,7 +33,7 @@ SMALL = ModelConfig(
 @pytest.fixture(autouse=True)
 def short_certificates(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two windows instead of eight: enough for small models, and quick."""
-    from minicpm_export import windows
+    from minicpm_export.verify import windows
 
     monkeypatch.setattr(windows, "NUM_WINDOWS", 2)
     monkeypatch.setattr(windows, "WINDOW_LENGTH", 160)
@@ -46,7 +46,7 @@ def small_config() -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
     Tokenizer.train(pydoc_data.topics.topics.values(), 512).save(folder)
@@ -59,8 +59,8 @@ MakeModel = Callable[..., Path]
 @pytest.fixture(scope="session")
 def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> MakeModel:
     """``make_model(**changes)``: the checkpoint folder of SMALL with these fields changed; made once each."""
-    from minicpm_edge.checkpoint import save_checkpoint
-    from minicpm_edge.model import MiniCPM
+    from minicpm_edge.formats.checkpoint import save_checkpoint
+    from minicpm_edge.model.transformer import MiniCPM
 
     made: dict[str, Path] = {}
 
@@ -79,8 +79,8 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path)
 @pytest.fixture(scope="session")
 def token_ids(tokenizer_folder: Path) -> list[int]:
     """100 tokens of text, with the begin token in front."""
-    from minicpm_export.windows import built_in_text
+    from minicpm_export.verify.windows import built_in_text
 
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     return Tokenizer.load(tokenizer_folder).encode(built_in_text(), bos=True)[:100]

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
-from minicpm_export import gguf_job, huggingface, onnx_job
+from minicpm_export.gguf import job as gguf_job
+from minicpm_export.hf import job as huggingface
+from minicpm_export.onnx import job as onnx_job
 
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 
 FORMS = {
     "gguf": (["--gguf", "--quant", "F16"], "m.gguf"),

@@ -5,11 +5,16 @@ import json
 import math
 
 import pytest
-from minicpm_export import certificate, destination, gguf, gguf_job, gguf_map, huggingface
-from minicpm_export.certificate import THRESHOLDS, Check
-from minicpm_export.gguf_job import export_gguf
-from minicpm_export.measures import Measures
+from minicpm_export import destination
+from minicpm_export.gguf import job as gguf_job
+from minicpm_export.gguf import tensor_map as gguf_map
+from minicpm_export.gguf import writer as gguf
+from minicpm_export.gguf.job import export_gguf
+from minicpm_export.hf import job as huggingface
 from minicpm_export.request import Request
+from minicpm_export.verify import certificate
+from minicpm_export.verify.certificate import THRESHOLDS, Check
+from minicpm_export.verify.measures import Measures
 
 from minicpm_edge.errors import UserError
 
@@ -104,7 +109,7 @@ def test_certificates_of_one_folder_live_side_by_side(make_model, tmp_path):
 
 
 def test_another_tokenizer_in_the_file_is_caught(make_model, tmp_path, monkeypatch):
-    from minicpm_export import gguf_tokenizer
+    from minicpm_export.gguf import tokenizer as gguf_tokenizer
 
     def reversed_merges(tokenizer, config):
         for key, kind, value in original(tokenizer, config):
@@ -216,9 +221,9 @@ def test_own_text_and_its_faults(make_model, tmp_path):
 
 def test_the_validation_set_of_a_run_is_used(make_model, small_config, tmp_path):
     import numpy as np
-    from minicpm_export.windows import held_out
+    from minicpm_export.verify.windows import held_out
 
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(make_model())
     (tmp_path / "held").mkdir()

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGUFReader
-from minicpm_export.gguf import write_gguf
-from minicpm_export.gguf_map import rotary_order
-from minicpm_export.llama_runtime import LlamaRuntime
-from minicpm_export.measures import Comparison
-from minicpm_export.quantize import QUANTISED_TYPES, fallbacks, quantize, tensor_types
+from minicpm_export.gguf.quantize import QUANTISED_TYPES, fallbacks, quantize, tensor_types
+from minicpm_export.gguf.tensor_map import rotary_order
+from minicpm_export.gguf.writer import write_gguf
+from minicpm_export.verify.llama_runtime import LlamaRuntime
+from minicpm_export.verify.measures import Comparison
 
-from minicpm_edge.checkpoint import load_checkpoint, published_tensors
-from minicpm_edge.config import RopeScaling
+from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors
+from minicpm_edge.model.config import RopeScaling
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LLAMA3 = RopeScaling(kind="llama3", factor=4.0, original_max_position_embeddings=64)
@@ -189,8 +189,8 @@ def test_no_fallback_where_rows_divide(files):
 
 
 def test_weights_that_f16_cannot_hold_are_refused(make_model, tmp_path):
-    from minicpm_edge.checkpoint import save_checkpoint
     from minicpm_edge.errors import UserError
+    from minicpm_edge.formats.checkpoint import save_checkpoint
 
     source = make_model()
     model = load_checkpoint(source)
@@ -207,7 +207,7 @@ def test_weights_that_f16_cannot_hold_are_refused(make_model, tmp_path):
 
 
 def test_a_bfloat16_checkpoint_exports_its_exact_values(make_model, token_ids, tmp_path):
-    from minicpm_edge.checkpoint import save_checkpoint
+    from minicpm_edge.formats.checkpoint import save_checkpoint
 
     source = make_model()
     save_checkpoint(tmp_path / "m", load_checkpoint(source, dtype=torch.bfloat16), tokenizer=source)

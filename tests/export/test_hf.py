@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from minicpm_export import certificate
-from minicpm_export.huggingface import export_huggingface
+from minicpm_export.hf.job import export_huggingface
 from minicpm_export.request import Request
+from minicpm_export.verify import certificate
 
-from minicpm_edge.checkpoint import load_checkpoint, published_tensors, read_config, save_checkpoint
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors, read_config, save_checkpoint
+from minicpm_edge.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -51,7 +51,7 @@ def test_the_folder_is_complete_and_says_what_it_is(make_model, tmp_path):
 
 
 def test_sharded_folders_are_copied_whole(make_model, tmp_path, monkeypatch):
-    from minicpm_edge import checkpoint
+    from minicpm_edge.formats import checkpoint
 
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 1 << 20)
     save_checkpoint(tmp_path / "source", load_checkpoint(make_model()), tokenizer=make_model())

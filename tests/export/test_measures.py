@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from minicpm_export.measures import Comparison, log_softmax
+from minicpm_export.verify.measures import Comparison, log_softmax
 
 
 def naive(reference, export, targets):

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from minicpm_edge.checkpoint import save_checkpoint
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.formats.checkpoint import save_checkpoint
+from minicpm_edge.model.transformer import MiniCPM
 
 # In a process of its own, so that nothing else is in its memory. Everything is imported and run once on a small model
 # before the peak is reset; then each step's own peak is read.
 MEASURE = """
 import json, sys
 from pathlib import Path
-from minicpm_export import quantize
-from minicpm_export.gguf import write_gguf
+from minicpm_export.gguf import quantize
+from minicpm_export.gguf.writer import write_gguf
 
 def status(name):
     lines = Path("/proc/self/status").read_text().splitlines()

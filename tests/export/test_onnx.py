@@ -6,16 +6,19 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from minicpm_export import certificate, onnx_graph, onnx_job, onnx_weights
-from minicpm_export.onnx_job import export_onnx
-from minicpm_export.onnx_weights import Initializers, quantize_rows
-from minicpm_export.ort_runtime import OrtRuntime
+from minicpm_export.onnx import graph as onnx_graph
+from minicpm_export.onnx import job as onnx_job
+from minicpm_export.onnx import weights as onnx_weights
+from minicpm_export.onnx.job import export_onnx
+from minicpm_export.onnx.weights import Initializers, quantize_rows
 from minicpm_export.request import Request
+from minicpm_export.verify import certificate
+from minicpm_export.verify.ort_runtime import OrtRuntime
 
-from minicpm_edge.checkpoint import load_checkpoint, published_tensors, read_config
-from minicpm_edge.config import RopeScaling
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors, read_config
+from minicpm_edge.model.config import RopeScaling
+from minicpm_edge.text.tokenizer import Tokenizer
 
 VARIANTS = {
     "tied, grouped keys": {},

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from minicpm_export import gguf_tokenizer
-from minicpm_export.gguf import write_gguf
-from minicpm_export.llama_runtime import LlamaRuntime
+from minicpm_export.gguf import tokenizer as gguf_tokenizer
+from minicpm_export.gguf.writer import write_gguf
+from minicpm_export.verify.llama_runtime import LlamaRuntime
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import SPLIT_PATTERN, Tokenizer
+from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
 NASTY = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from minicpm_kernels import attention, attention_with_lse
-from minicpm_kernels.attention_reference import attention_reference, attention_reference_backward
+from minicpm_kernels.attention.reference import attention_reference, attention_reference_backward
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 

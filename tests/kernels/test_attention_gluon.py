@@ -9,15 +9,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.attention.reference import attention_reference
 from minicpm_kernels.backend import interpreter_enabled
 from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from minicpm_kernels import attention_gluon, attention_gluon_fwd
-from minicpm_kernels.attention_gluon import gluon_obstacle
-from minicpm_kernels.attention_gluon_fwd import attention_gluon_forward
+from minicpm_kernels.attention import gluon as attention_gluon
+from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
+from minicpm_kernels.attention.gluon import gluon_obstacle
+from minicpm_kernels.attention.gluon_fwd import attention_gluon_forward
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
@@ -164,7 +165,7 @@ def test_compiles_within_limits() -> None:
     problems = _compile("""
 import dataclasses
 from minicpm_kernels._compile import compile_sm90, resources
-from minicpm_kernels.attention_gluon_fwd import sm90_cases
+from minicpm_kernels.attention.gluon_fwd import sm90_cases
 for case in sm90_cases():
     half = {name: type_.replace("bf16[", "fp16[") for name, type_ in case.types.items()}
     for variant in (case, dataclasses.replace(case, types=half)):
@@ -182,7 +183,7 @@ def test_softmax_runs_beside_products() -> None:
 import re
 import tempfile
 from minicpm_kernels._compile import _cuobjdump, compile_sm90
-from minicpm_kernels.attention_gluon_fwd import sm90_cases
+from minicpm_kernels.attention.gluon_fwd import sm90_cases
 for case, instruction in zip(sm90_cases(), ("FMNMX", "MUFU.EX2"), strict=True):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compile_sm90(case).asm["cubin"])

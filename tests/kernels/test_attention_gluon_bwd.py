@@ -9,13 +9,15 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from minicpm_kernels.attention_reference import attention_reference, attention_reference_backward
+from minicpm_kernels.attention.reference import attention_reference, attention_reference_backward
 from torch import Tensor
 from torch.nn import functional as F
 
 pytest.importorskip("triton")
-from minicpm_kernels import attention, attention_gluon_bwd, attention_gluon_fwd
-from minicpm_kernels.attention_gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+from minicpm_kernels import attention
+from minicpm_kernels.attention import gluon_bwd as attention_gluon_bwd
+from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
+from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
@@ -185,7 +187,7 @@ def test_compiles_within_limits() -> None:
 import dataclasses, re, tempfile
 from pathlib import Path
 from minicpm_kernels._compile import _cuobjdump, compile_sm90, resources
-from minicpm_kernels.attention_gluon_bwd import sm90_cases
+from minicpm_kernels.attention.gluon_bwd import sm90_cases
 for case in sm90_cases():
     half = {name: type_.replace("bf16[", "fp16[") for name, type_ in case.types.items()}
     for variant in (case, dataclasses.replace(case, types=half)):

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 from minicpm_kernels import attention, attention_with_lse
-from minicpm_kernels.attention import attention_backend
-from minicpm_kernels.attention_reference import attention_reference
+from minicpm_kernels.attention.op import attention_backend
+from minicpm_kernels.attention.reference import attention_reference
 from minicpm_kernels.backend import GLUON_VARIABLE
 from torch import Tensor
 from torch.nn import functional as F
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from minicpm_kernels.attention_schedule import attention_bounds, head_and_tile
+from minicpm_kernels.attention.schedule import attention_bounds, head_and_tile
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory", "no_gluon")
 
@@ -265,7 +265,7 @@ def test_strided_bounds(device: torch.device) -> None:
 
 
 def test_torch_can_ask_for_determinism(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from minicpm_kernels import attention_triton_bwd
+    from minicpm_kernels.attention import triton_bwd as attention_triton_bwd
 
     asked = []
     adds_dq = attention_triton_bwd.adds_dq

@@ -142,7 +142,7 @@ def test_strided_and_misaligned_inputs(device, backend):
 
 
 def test_without_gradients_nothing_is_kept(device, backend, monkeypatch):
-    from minicpm_kernels import moe_ops
+    from minicpm_kernels.moe import op as moe_ops
 
     kept = []
     op = moe_ops.experts_op
@@ -218,7 +218,7 @@ def test_gradcheck_of_the_reference(monkeypatch):
 
 
 def test_opcheck(device, backend):
-    from minicpm_kernels import moe_ops
+    from minicpm_kernels.moe import op as moe_ops
 
     (x, weights, gate_up, down), experts = TINY.inputs(device, torch.float32)
     for tensor in (x, weights, gate_up, down):

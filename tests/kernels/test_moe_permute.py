@@ -26,7 +26,7 @@ def experts_of(num_tokens, top_k, num_experts, open_experts, device):
 def test_order_and_tiles(
     num_tokens, top_k, num_experts, open_experts, device, triton_kernels, poisoned_memory
 ):
-    from minicpm_kernels.moe_triton_permute import make_plan
+    from minicpm_kernels.moe.triton_permute import make_plan
 
     tile_rows = 32
     experts = experts_of(num_tokens, top_k, num_experts, open_experts, device)
@@ -51,7 +51,7 @@ def test_order_and_tiles(
 @pytest.mark.parametrize("width", [16, 272])
 @pytest.mark.parametrize("weighted", [True, False])
 def test_combine(width, weighted, device, triton_kernels, poisoned_memory):
-    from minicpm_kernels.moe_triton_permute import combine, make_plan
+    from minicpm_kernels.moe.triton_permute import combine, make_plan
 
     experts = experts_of(21, 3, 5, 5, device)
     plan = make_plan(experts, 5, 128)
@@ -65,7 +65,7 @@ def test_combine(width, weighted, device, triton_kernels, poisoned_memory):
 def test_an_id_between_the_experts_and_the_next_power_of_two_gets_no_slot(
     device, triton_kernels, poisoned_memory
 ):
-    from minicpm_kernels.moe_triton_permute import make_plan
+    from minicpm_kernels.moe.triton_permute import make_plan
 
     plan = make_plan(torch.tensor([[4, 5], [6, 7], [0, 5]], dtype=torch.int32, device=device), 5, 32)
     assert plan.slot_NK.tolist() == [[1, -1], [-1, -1], [0, -1]]
@@ -74,7 +74,7 @@ def test_an_id_between_the_experts_and_the_next_power_of_two_gets_no_slot(
 
 
 def test_an_id_out_of_range_gets_no_slot(device, triton_kernels, poisoned_memory):
-    from minicpm_kernels.moe_triton_permute import make_plan
+    from minicpm_kernels.moe.triton_permute import make_plan
 
     plan = make_plan(torch.tensor([[1, 9], [-1, 0], [1, 0]], dtype=torch.int32, device=device), 2, 32)
     assert plan.slot_NK.tolist() == [[2, -1], [-1, 0], [3, 1]]

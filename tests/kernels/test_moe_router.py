@@ -128,7 +128,7 @@ def test_gradcheck_of_the_reference(monkeypatch):
 
 
 def test_opcheck(device, triton_kernels):
-    from minicpm_kernels import moe_ops
+    from minicpm_kernels.moe import op as moe_ops
 
     logits = logits_of(20, 8, device)
     torch.library.opcheck(moe_ops.router_op, (logits.requires_grad_(), 2))

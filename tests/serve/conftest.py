@@ -14,9 +14,9 @@ import uvicorn
 from minicpm_serve.app import create_app
 from minicpm_serve.settings import ServerSettings
 
-from minicpm_edge.engine import Chunk, SamplingParams, never_cancelled
+from minicpm_edge.engines.base import Chunk, SamplingParams, never_cancelled
 from minicpm_edge.errors import UserError
-from minicpm_edge.text_stream import TextStream
+from minicpm_edge.text.detokenizer import TextStream
 
 MARKDOWN = """Here is **bold**, *italic* and `code`:
 

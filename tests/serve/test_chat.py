@@ -18,8 +18,8 @@ import pytest
 from minicpm_serve import terminal
 from minicpm_serve.terminal import Conversation
 
-from minicpm_edge.cli import main
-from minicpm_edge.engine import SamplingParams
+from minicpm_edge.cli.main import main
+from minicpm_edge.engines.base import SamplingParams
 from minicpm_edge.errors import UserError
 
 
@@ -151,7 +151,7 @@ sys.modules["fake"] = fake
 spec.loader.exec_module(fake)
 import minicpm_serve.cli
 minicpm_serve.cli._load = lambda _: fake.FakeModel({model})
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 sys.exit(main({arguments!r}))
 """
     return [sys.executable, "-c", code]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import openai
 import pytest
 
-from minicpm_edge.cli import main
-from minicpm_edge.locate import demo_model
+from minicpm_edge.cli.main import main
+from minicpm_edge.formats.resolve import demo_model
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extra serve)")
 if demo_model() is None:

@@ -12,7 +12,7 @@ from minicpm_serve import server
 from minicpm_serve.app import create_app
 from minicpm_serve.settings import ServerSettings, read_keys
 
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 from minicpm_edge.errors import UserError
 
 QUESTION = {"messages": [{"role": "user", "content": "hello"}]}
@@ -244,7 +244,7 @@ def test_a_start_that_cannot_work_is_one_line(arguments, words, tmp_path, monkey
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from minicpm_edge.cli import main; main(['serve', '--help']); main(['chat', '--help']);"
+        "import sys; from minicpm_edge.cli.main import main; main(['serve', '--help']); main(['chat', '--help']);"
         "heavy = {'torch', 'llama_cpp', 'fastapi', 'uvicorn', 'pydantic', 'numpy'} & set(sys.modules);"
         "assert not heavy, heavy"
     )

@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_file import load_recipe
+from minicpm_training.recipe.files import load_recipe
+from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Run
 from minicpm_training.session import Watcher, train_run
 
-from minicpm_edge.progress import Progress
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.cli.progress import Progress
+from minicpm_edge.text.tokenizer import Tokenizer
 
 TEXT = "the cat sat on a mat and saw two birds sing in trees by the old house near a river"
 WORDS = TEXT.split()

@@ -8,10 +8,10 @@ import sys
 import time
 
 import pytest
-from minicpm_training.recipe_file import load_recipe, to_toml
+from minicpm_training.recipe.files import load_recipe, to_toml
 from minicpm_training.run import Run, find_runs
 
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The width rules do what they are for: activations keep their size from 64 to 512 wide."""
 
-from minicpm_training.coordinate_check import WIDTHS, measure, plot, spread
+from minicpm_training.studies.coordinate_check import WIDTHS, measure, plot, spread
 
 
 def test_activations_stay_flat_with_width_and_would_not_without_the_rules(tmp_path):

@@ -2,12 +2,12 @@
 
 import pytest
 from minicpm_training.commands import decay_recipe
-from minicpm_training.recipe_file import load_recipe
+from minicpm_training.recipe.files import load_recipe
 from minicpm_training.session import Watcher, train_branch
 
+from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.locate import locate
-from minicpm_edge.progress import Progress
+from minicpm_edge.formats.resolve import locate
 
 
 @pytest.fixture
@@ -47,9 +47,9 @@ def test_branching_and_going_on(make_recipe, train, branch_off, same_checkpoint,
 
 
 def test_the_decay_reads_its_own_mixture_where_the_trunk_stopped(make_recipe, workspace):
-    from minicpm_training.feed import open_feed
+    from minicpm_training.data.loader import open_feed
 
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(workspace / "tok")
     recipe = make_recipe("schedule.stable_tokens=1280", "schedule.decay_tokens=640")

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from minicpm_training import distributed, evaluation
+from minicpm_training.data.loader import open_feed
 from minicpm_training.evaluation import Validation
-from minicpm_training.feed import open_feed
-from minicpm_training.recipe_file import to_toml
+from minicpm_training.recipe.files import to_toml
 from minicpm_training.run import Run
 
-from minicpm_edge.checkpoint import load_checkpoint, verify_manifest
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.formats.checkpoint import load_checkpoint, verify_manifest
+from minicpm_edge.model.transformer import MiniCPM
+from minicpm_edge.text.tokenizer import Tokenizer
 
 LONG = ("schedule.stable_tokens=12_800_000", "checkpoint.every=0", "checkpoint.keep_every=0")
 NO_SIGNALS = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs signals and /proc")

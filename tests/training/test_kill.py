@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from minicpm_training.recipe_file import to_toml
+from minicpm_training.recipe.files import to_toml
 from minicpm_training.run import Run
 
 NUM_KILLS, NUM_INSIDE_SAVES = 10, 4

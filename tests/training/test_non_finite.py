@@ -9,8 +9,8 @@ from minicpm_training.session import Session, Watcher, train_run
 from minicpm_training.state import read_state
 from minicpm_training.trainer import NonFiniteLossError
 
-from minicpm_edge.checkpoint import load_checkpoint, verify_manifest
-from minicpm_edge.progress import Progress
+from minicpm_edge.cli.progress import Progress
+from minicpm_edge.formats.checkpoint import load_checkpoint, verify_manifest
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from minicpm_training.optimizer import (
     optimizer_tensors,
     set_learning_rate,
 )
-from minicpm_training.recipe import OptimizerSection
+from minicpm_training.recipe.schema import OptimizerSection
 
-from minicpm_edge.config import ModelConfig
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import MiniCPM
 
 CONFIG = ModelConfig(
     vocab_size=97,

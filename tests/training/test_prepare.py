@@ -15,10 +15,10 @@ from minicpm_training.data.prepare import prepare
 from minicpm_training.data.token_set import TokenSet
 from minicpm_training.data.writer import SetWriter
 
-from minicpm_edge import cli
-from minicpm_edge.chat import encode_chat_with_mask
+from minicpm_edge.cli import main as cli
 from minicpm_edge.errors import UserError
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.text.chat import encode_chat_with_mask
+from minicpm_edge.text.tokenizer import Tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
 NASTY = [
@@ -203,7 +203,7 @@ def test_other_tokenizers_go_through_their_own_encoding():
 
 KILLED = """
 import sys
-from minicpm_edge.cli import main
+from minicpm_edge.cli.main import main
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
 """

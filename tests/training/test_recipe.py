@@ -1,8 +1,8 @@
 """Recipes: defaults < file < --set, unknown keys, ranges, and the way back to TOML."""
 
 import pytest
-from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_file import load_recipe, shipped_recipes, to_toml
+from minicpm_training.recipe.files import load_recipe, shipped_recipes, to_toml
+from minicpm_training.recipe.schema import Recipe
 
 from minicpm_edge.errors import UserError
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pytest
 import zstandard
 from minicpm_training.data import sources as sources_module
-from minicpm_training.data.rows import Document, Skipped, documents
+from minicpm_training.data.documents import Document, Skipped, documents
 from minicpm_training.data.sources import find_sources, read_chunks
 from pyarrow import parquet
 

@@ -4,7 +4,7 @@ from minicpm_training.run import Run
 from minicpm_training.session import Watcher
 from minicpm_training.time_budget import TimeBudget, cut_recipe, train_within
 
-from minicpm_edge.progress import Progress
+from minicpm_edge.cli.progress import Progress
 
 
 def test_the_budget_leaves_time_for_the_decay(make_recipe):

@@ -10,8 +10,8 @@ import torch
 from minicpm_training.run import Run
 from minicpm_training.state import read_state
 
-from minicpm_edge.checkpoint import load_checkpoint
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.checkpoint import load_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pretrain.json"
 # Rounding differs between processors; after 20 updates it has grown to about 1e-4 of the loss.

@@ -148,7 +148,7 @@ def main() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism, for both alike
     os.environ["HF_DATASETS_OFFLINE"] = "1"
 
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.text.tokenizer import Tokenizer
 
     folder = Path(tempfile.mkdtemp())
     try:

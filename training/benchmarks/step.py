@@ -21,15 +21,15 @@ from pathlib import Path
 import torch
 from minicpm_training.data.batches import Batch
 from minicpm_training.hardware import dtype_of, environment, flops_per_token, peak_flops
-from minicpm_training.objectives import pretraining
+from minicpm_training.objectives.pretrain import pretraining
 from minicpm_training.optimizer import build_optimizer
-from minicpm_training.recipe import OptimizerSection
+from minicpm_training.recipe.schema import OptimizerSection
 from minicpm_training.schedule import WarmupStableDecay
 from minicpm_training.trainer import Trainer
 
-from minicpm_edge.checkpoint import published_state
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import MiniCPM, count_parameters
+from minicpm_edge.formats.checkpoint import published_state
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import MiniCPM, count_parameters
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
 LR, CLIP = 1e-4, 1.0

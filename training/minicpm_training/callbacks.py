@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from minicpm_edge.progress import Progress, duration
+from minicpm_edge.cli.progress import Progress, duration
 from minicpm_training.run import Branch
 from minicpm_training.trainer import StepReport, Trainer
 

@@ -16,14 +16,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicpm_edge.cli import EXIT_INTERRUPTED
+from minicpm_edge.cli.main import EXIT_INTERRUPTED
+from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.progress import Progress
 from minicpm_training import distributed
 from minicpm_training.interrupts import stop_on_signals
-from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_changes import refuse_another_run
-from minicpm_training.recipe_file import load_recipe, saved_recipe, to_toml
+from minicpm_training.recipe.compatibility import refuse_another_run
+from minicpm_training.recipe.files import load_recipe, saved_recipe, to_toml
+from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Branch, Run, find_runs, new_run_folder, open_run
 
 if TYPE_CHECKING:
@@ -157,9 +157,9 @@ def list_runs(arguments: argparse.Namespace) -> int:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Print bits per byte and perplexity of a model on prepared sets."""
-    from minicpm_edge.checkpoint import load_checkpoint
-    from minicpm_edge.locate import locate
-    from minicpm_edge.tokenizer import Tokenizer
+    from minicpm_edge.formats.checkpoint import load_checkpoint
+    from minicpm_edge.formats.resolve import locate
+    from minicpm_edge.text.tokenizer import Tokenizer
     from minicpm_training.evaluation import Validation
     from minicpm_training.hardware import choose_device
 

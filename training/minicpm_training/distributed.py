@@ -24,15 +24,15 @@ from multiprocessing import active_children
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from minicpm_edge.cli import EXIT_ERROR, EXIT_INTERRUPTED
+from minicpm_edge.cli.main import EXIT_ERROR, EXIT_INTERRUPTED
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from minicpm_edge.model import MiniCPM
-    from minicpm_training.recipe import Recipe
+    from minicpm_edge.model.transformer import MiniCPM
+    from minicpm_training.recipe.schema import Recipe
 
 GRACE_SECONDS = 5.0  # in which the launcher sees which process failed first
 
@@ -264,7 +264,7 @@ def gathered(model: MiniCPM, tensors: Mapping[str, Tensor]) -> tuple[MiniCPM, Ma
     import torch
     from torch import nn
 
-    from minicpm_edge.model import MiniCPM
+    from minicpm_edge.model.transformer import MiniCPM
 
     def gather(tensor: Tensor) -> Tensor:
         full = whole(tensor.detach())  # one at a time: a GPU has room for that
@@ -335,7 +335,7 @@ def _quiet_logs(*, unless: bool) -> Iterator[None]:
 
 def _work(words: list[str], launcher: int) -> int:
     """What each process runs: the command itself. Returns its exit code where that is no failure."""
-    from minicpm_edge.cli import main
+    from minicpm_edge.cli.main import main
 
     # A launcher's death sends SIGINT, which is to end this process except in training; it may be dead already.
     signal.signal(signal.SIGINT, signal.SIG_DFL)

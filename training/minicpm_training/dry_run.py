@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from minicpm_edge.config import ModelConfig
-from minicpm_edge.model import count_parameters
-from minicpm_edge.progress import duration
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.cli.progress import duration
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import count_parameters
+from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training.data.token_set import TokenSet
 from minicpm_training.hardware import choose_device, choose_precision, flops_per_token, peak_flops
-from minicpm_training.recipe import Recipe, Source
+from minicpm_training.recipe.schema import Recipe, Source
 from minicpm_training.session import model_config
 
 ASSUMED_MFU = 0.4

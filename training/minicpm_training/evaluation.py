@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.model.transformer import MiniCPM
+from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training import distributed
 from minicpm_training.data.batches import rows_to_batch
 from minicpm_training.data.token_set import TokenSet
-from minicpm_training.recipe import Recipe, ValidationSet
+from minicpm_training.recipe.schema import Recipe, ValidationSet
 
 BATCH_TOKENS = 8192
 

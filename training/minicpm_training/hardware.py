@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from minicpm_edge.config import ModelConfig
 from minicpm_edge.errors import UserError
+from minicpm_edge.model.config import ModelConfig
 
 Precision = Literal["bf16", "fp32"]
 

@@ -1,4 +1,4 @@
-"""AdamW with one parameter group for each rule of width scaling (:mod:`minicpm_edge.scaling`).
+"""AdamW with one parameter group for each rule of width scaling (:mod:`minicpm_edge.model.mup`).
 
 Master weights and moments are float32; the fused kernel updates each group in one pass where the device has it.
 """
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from minicpm_edge.config import ModelConfig
 from minicpm_edge.errors import UserError
-from minicpm_edge.scaling import EmbeddingRule, Rule, role_of, rules
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.mup import EmbeddingRule, Rule, role_of, rules
 from minicpm_training.distributed import share_of
-from minicpm_training.recipe import OptimizerSection
+from minicpm_training.recipe.schema import OptimizerSection
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
 

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minicpm_edge import locate
 from minicpm_edge.atomic import write_text
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats import resolve as locate
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,15})")
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from minicpm_edge.attention import KVCache
-from minicpm_edge.model import MiniCPM
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.model.attention import KVCache
+from minicpm_edge.model.transformer import MiniCPM
+from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training.distributed import agree
 
 

@@ -13,15 +13,15 @@ import torch
 from torch.optim import AdamW
 
 from minicpm_edge.atomic import write_text
-from minicpm_edge.config import ModelConfig
+from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM, count_parameters
-from minicpm_edge.progress import Progress
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.transformer import MiniCPM, count_parameters
+from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training import distributed
 from minicpm_training.callbacks import Every, Metrics, TensorBoard
+from minicpm_training.data.loader import open_feed
 from minicpm_training.evaluation import Validation, open_validation
-from minicpm_training.feed import open_feed
 from minicpm_training.hardware import (
     Precision,
     choose_device,
@@ -30,12 +30,12 @@ from minicpm_training.hardware import (
     flops_per_token,
     peak_flops,
 )
-from minicpm_training.objectives import pretraining
+from minicpm_training.objectives.pretrain import pretraining
 from minicpm_training.optimizer import build_optimizer
 from minicpm_training.plot import plot_run
-from minicpm_training.recipe import Recipe
-from minicpm_training.recipe_changes import same_model
-from minicpm_training.recipe_file import saved_recipe, to_toml
+from minicpm_training.recipe.compatibility import same_model
+from minicpm_training.recipe.files import saved_recipe, to_toml
+from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Branch, Run
 from minicpm_training.sampling import complete
 from minicpm_training.state import (

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch.optim import AdamW
 
-from minicpm_edge.checkpoint import load_checkpoint, save_checkpoint, verify_manifest, write_tensors
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint, verify_manifest, write_tensors
+from minicpm_edge.model.transformer import MiniCPM
 from minicpm_training import distributed
 from minicpm_training.optimizer import load_optimizer_tensors, optimizer_tensors
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from minicpm_training.distributed import agree
-from minicpm_training.recipe import Recipe
+from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Run
 from minicpm_training.session import Watcher, train_branch, train_run
 

@@ -15,11 +15,11 @@ import torch
 from torch.optim import AdamW
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.model import MiniCPM
+from minicpm_edge.model.transformer import MiniCPM
 from minicpm_training import distributed
 from minicpm_training.data.batches import Batch
 from minicpm_training.hardware import Precision, dtype_of
-from minicpm_training.objectives import Objective
+from minicpm_training.objectives.pretrain import Objective
 from minicpm_training.optimizer import set_learning_rate
 from minicpm_training.schedule import Schedule
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from minicpm_edge.cli import Command
+from minicpm_edge.cli.main import Command
 
 SAMPLE_BYTES = 200_000_000
 
@@ -62,8 +62,8 @@ def _add_tokenizer(parser: argparse.ArgumentParser) -> None:
 
 def _train_tokenizer(arguments: argparse.Namespace) -> int:
     from minicpm_edge.atomic import atomic_folder
-    from minicpm_edge.progress import Progress
-    from minicpm_edge.tokenizer import JSON_FILE, Tokenizer
+    from minicpm_edge.cli.progress import Progress
+    from minicpm_edge.text.tokenizer import JSON_FILE, Tokenizer
     from minicpm_training.data.prepare import check_replaceable
     from minicpm_training.data.sample import Sample
 

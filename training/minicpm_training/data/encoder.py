@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Regex, pre_tokenizers
 
-from minicpm_edge.tokenizer import SPLIT_PATTERN, Tokenizer
+from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
 from minicpm_training.data.token_set import DTYPES, dtype_for
 
 MAX_KNOWN_CHARACTERS = 4 << 20  # of all words kept; about 120 MB

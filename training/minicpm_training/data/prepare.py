@@ -16,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicpm_edge.atomic import atomic_folder
-from minicpm_edge.chat import encode_chat_with_mask
+from minicpm_edge.cli.progress import Progress, duration
 from minicpm_edge.errors import UserError
-from minicpm_edge.progress import Progress, duration
-from minicpm_edge.tokenizer import Tokenizer
+from minicpm_edge.text.chat import encode_chat_with_mask
+from minicpm_edge.text.tokenizer import Tokenizer
+from minicpm_training.data.documents import Document, Skipped, documents
 from minicpm_training.data.encoder import Encoder
-from minicpm_training.data.rows import Document, Skipped, documents
 from minicpm_training.data.sources import (
     CHUNK_BYTES,
     TEXT_SUFFIXES,

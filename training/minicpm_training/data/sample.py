@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.progress import Progress
+from minicpm_training.data.documents import Document, documents
 from minicpm_training.data.encoder import cut
-from minicpm_training.data.rows import Document, documents
 from minicpm_training.data.sources import find_sources, read_chunks
 
 PIECE_CHARACTERS = 1 << 16

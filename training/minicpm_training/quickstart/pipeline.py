@@ -17,10 +17,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from minicpm_edge import cli
 from minicpm_edge.atomic import atomic_folder, write_text
+from minicpm_edge.cli import main as cli
 from minicpm_edge.errors import UserError
-from minicpm_edge.locate import locate
+from minicpm_edge.formats.resolve import locate
 
 VOCAB_SIZE = 4096
 QUANTS = ("Q4_K_M", "Q4_0", "Q8_0")  # the first that the model's rows allow
@@ -176,8 +176,8 @@ def _measure_speed(seconds: float = 6.0) -> float:
     """Tokens a second of the training step on this machine: the median over a few seconds of real steps."""
     import torch
 
-    from minicpm_edge.model import MiniCPM
-    from minicpm_edge.presets import preset
+    from minicpm_edge.model.presets import preset
+    from minicpm_edge.model.transformer import MiniCPM
     from minicpm_training.hardware import choose_device, choose_precision, dtype_of
 
     device = choose_device("auto")

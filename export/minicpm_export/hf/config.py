@@ -1,0 +1,42 @@
+"""config.json and generation_config.json of an exported folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.text.tokenizer import PAD, Tokenizer
+
+# What Granite calls MiniCPM's scales (the two compute the same function) → how it is read off a config.
+GRANITE_KEYS: Mapping[str, Callable[[ModelConfig], float]] = {
+    "embedding_multiplier": lambda config: config.scale_emb,
+    "residual_multiplier": lambda config: config.residual_scale,
+    "logits_scaling": lambda config: 1.0 / config.logit_scale,
+    "attention_multiplier": lambda config: config.head_dim**-0.5,
+}
+MINICPM_KEYS = ("scale_emb", "scale_depth", "dim_model_base", "num_experts", "num_experts_per_tok")
+
+
+def granite(config: ModelConfig) -> dict[str, object]:
+    """The config.json of the Granite model that computes the same as this dense one."""
+    entries = {key: value for key, value in config.to_dict().items() if key not in MINICPM_KEYS}
+    entries.update({key: read(config) for key, read in GRANITE_KEYS.items()})
+    return {**entries, "architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+
+
+def generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
+    """generation_config.json: an answer ends at the end of the text or of the turn."""
+    entries: dict[str, object] = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": sorted({config.eos_token_id, *tokenizer.stop_ids}),
+    }
+    if PAD in tokenizer.special_tokens:
+        entries["pad_token_id"] = tokenizer.special_tokens[PAD]
+    return entries
+
+
+def write_json(path: Path, entries: dict[str, object]) -> None:
+    """Write one JSON file (not atomic by itself)."""
+    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -1,0 +1,1 @@
+"""Causal attention over packed documents, and decoding attention."""

@@ -1,0 +1,1 @@
+"""The minicpm-edge command and what its subcommands share."""

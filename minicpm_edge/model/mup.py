@@ -1,0 +1,62 @@
+"""Width and depth rules (paper, table 7), so that a rate found on a small model serves a large one.
+
+With m = d_model / d_base: 2-D tensors start with std init_std / sqrt(m) and learn at rate / m; all others keep
+the base rate. Logits are scaled by 1 / m and each block's output by scale_depth / sqrt(layers); both of those
+live in the model (:mod:`minicpm_edge.model.transformer`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from minicpm_edge.model.config import ModelConfig
+
+Role = Literal["embedding", "matrix", "router", "norm"]
+EmbeddingRule = Literal["input", "matrix"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """How one role starts and learns: standard deviation (or ``ones``), rate multiplier, weight decay or not."""
+
+    init_std: float
+    ones: bool = False
+    lr_multiplier: float
+    weight_decay: bool
+
+
+def width_multiplier(config: ModelConfig) -> float:
+    """m = d_model / d_base."""
+    return config.hidden_size / config.dim_model_base
+
+
+def rules(config: ModelConfig, *, embedding_rule: EmbeddingRule = "input") -> dict[Role, Rule]:
+    """The one init and learning-rate table.
+
+    The paper does not say whether the (tied) embedding counts as 2-D. ``embedding_rule="input"`` (default)
+    treats it as the look-up it is: base std and base rate, as other muP implementations do; ``"matrix"`` scales
+    it like the other 2-D tensors. An untied head is a matrix. The router starts at N(0, 0.1) (paper, section 6.4).
+    """
+    m = width_multiplier(config)
+    std = config.initializer_range
+    matrix = Rule(init_std=std / math.sqrt(m), lr_multiplier=1.0 / m, weight_decay=True)
+    look_up = Rule(init_std=std, lr_multiplier=1.0, weight_decay=True)
+    return {
+        "embedding": look_up if embedding_rule == "input" else matrix,
+        "matrix": matrix,
+        "router": Rule(init_std=0.1, lr_multiplier=1.0 / m, weight_decay=True),
+        "norm": Rule(init_std=0.0, ones=True, lr_multiplier=1.0, weight_decay=False),
+    }
+
+
+def role_of(name: str) -> Role:
+    """The role of a parameter by its internal name."""
+    if name.startswith("embedding."):
+        return "embedding"
+    if "norm." in name:
+        return "norm"
+    if ".router." in name:
+        return "router"
+    return "matrix"

@@ -1,0 +1,1 @@
+"""The OpenAI-compatible API: requests, responses, streaming, errors, security."""

@@ -1,0 +1,1 @@
+"""Recipes: their schema, their files, and when two train the same model."""

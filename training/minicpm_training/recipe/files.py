@@ -1,0 +1,192 @@
+"""Reading recipes from TOML and ``--set``, and writing resolved ones.
+
+A key that no recipe has is refused with the name of the nearest one that exists.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from minicpm_edge.errors import UserError
+from minicpm_training.recipe.schema import Recipe
+
+
+def load_recipe(
+    source: str | Mapping[str, Any] | None, settings: Sequence[str] = (), *, warmup_tokens: int | None = None
+) -> Recipe:
+    """The recipe of a TOML file, of a shipped name or of parsed entries, with ``--set`` applied.
+
+    ``source`` None starts from the defaults alone; ``warmup_tokens`` serves where the recipe names none. Raises
+    :class:`UserError` for a file that is missing or is not TOML, for an unknown key and for a value out of range.
+    """
+    origin = source if isinstance(source, str) else "recipe"
+    entries = _read(source) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
+    if isinstance(source, str):
+        entries.setdefault("name", _default_name(source))
+    for setting in settings:
+        _apply(entries, setting)
+    if warmup_tokens is not None and isinstance(schedule := entries.get("schedule"), dict):
+        schedule.setdefault("warmup_tokens", warmup_tokens)
+    return parse_recipe(entries, origin=origin)
+
+
+def saved_recipe(path: Path) -> Recipe:
+    """The resolved recipe in a run's or a decay's folder."""
+    return load_recipe(str(path))
+
+
+def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:
+    """Validate parsed TOML and settle what a recipe leaves open (the length of warm-up)."""
+    _refuse_unknown_keys(entries, origin)
+    try:
+        recipe = Recipe.model_validate(entries)
+    except ValidationError as error:
+        raise UserError(f"{origin}: {_first_problem(error)}") from None
+    if recipe.schedule.warmup_tokens is None:
+        # Written down once, so that a longer trunk does not change a warm-up that has already been run.
+        recipe = recipe.with_schedule(
+            warmup_tokens=min(recipe.schedule.stable_tokens, recipe.warmup_steps * recipe.batch_tokens)
+        )
+    return recipe
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes inside the package."""
+    folder = files("minicpm_training") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".toml") for entry in folder.iterdir() if entry.name.endswith(".toml")
+    )
+
+
+def to_toml(recipe: Recipe) -> str:
+    """The recipe as TOML that reads back equal; keys that are unset are left out."""
+    entries = recipe.model_dump(mode="json", exclude_none=True)
+    lines = [f"{key} = {_toml_value(value)}" for key, value in entries.items() if not isinstance(value, dict)]
+    for section, values in entries.items():
+        if isinstance(values, dict):
+            lines += ["", f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in values.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _read(source: str) -> dict[str, Any]:
+    path = Path(source)
+    if not path.is_file() and source in shipped_recipes():
+        text = (files("minicpm_training") / "recipes" / f"{source}.toml").read_text(encoding="utf-8")
+    else:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            known = ", ".join(shipped_recipes())
+            raise UserError(f"no recipe file {source!r}; shipped recipes: {known}") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"recipe {source} cannot be read: {error}") from None
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"recipe {source} is not TOML: {error}") from None
+
+
+def _default_name(source: str) -> str:
+    path = Path(source)
+    return path.parent.name if path.name == "recipe.toml" else path.name.removesuffix(".toml")
+
+
+def _apply(entries: dict[str, Any], setting: str) -> None:
+    key, equals, text = setting.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+        raise UserError(f"--set {setting!r} is not of the form section.key=value")
+    *parents, last = key.split(".")
+    table = entries
+    for parent in parents:
+        inner = table.setdefault(parent, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--set {key}: {parent!r} is a value, not a section")
+        table = inner
+    table[last] = _parse_value(key, text.strip())
+
+
+def _parse_value(key: str, text: str) -> Any:
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        if len(parsed) == 1:  # a line break could smuggle in a second key
+            return parsed["value"]
+        raise UserError(f"--set {key}: {text!r} is more than one value")
+    except tomllib.TOMLDecodeError as error:
+        # A shell eats the quotes of `--set precision="fp32"`: a bare word is a string.
+        if text and text[0] not in "\"'[{" and "\n" not in text:
+            return text
+        raise UserError(f"--set {key}: {text!r} is not a TOML value: {error}") from None
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + " }"
+    return repr(value)
+
+
+def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
+    known = list(_known_keys(Recipe, ""))
+    for key in _given_keys(entries, Recipe, ""):
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = (
+                f"did you mean {nearest[0]!r}?" if nearest else f"sections: {', '.join(Recipe.model_fields)}"
+            )
+            raise UserError(f"{origin}: unknown key {key!r}; {hint}")
+
+
+def _section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The section that a key holds (directly, or as the element of a list), if it holds one."""
+    annotation = model.model_fields[key].annotation
+    candidates = (annotation, *get_args(annotation))
+    return next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
+
+
+def _known_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for key in model.model_fields:
+        yield prefix + key
+        section = _section_of(model, key)
+        if section is not None:
+            yield from _known_keys(section, f"{prefix}{key}.")
+
+
+def _given_keys(entries: Mapping[str, Any], model: type[BaseModel] | None, prefix: str) -> Iterator[str]:
+    """Dotted names of all that is given; below a key that no section knows, all of its keys."""
+    for key, value in entries.items():
+        known = model is not None and key in model.model_fields
+        section = _section_of(model, key) if model is not None and known else None
+        tables = [
+            table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)
+        ]
+        if known or not any(tables):
+            yield prefix + key
+        if section is not None or not known:
+            for table in tables:
+                yield from _given_keys(table, section, f"{prefix}{key}.")
+
+
+def _first_problem(error: ValidationError) -> str:
+    problem = error.errors()[0]
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "missing":
+        return f"{key} is missing: give it in the recipe or with --set {key}=…"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key} is {problem['input']!r}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
