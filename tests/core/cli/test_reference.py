@@ -4,7 +4,7 @@ from pathlib import Path
 
 from minicpm_edge.cli.reference import reference
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_the_command_reference_is_current():

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
+GOLDEN = Path(__file__).parents[2] / "golden" / "nasty_strings.json"
 NASTY = {
     entry["name"]: entry["text"] * entry.get("repeat", 1) + entry.get("then", "")
     for entry in json.loads(GOLDEN.read_text(encoding="utf-8"))
 }
-CODE = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
+CODE = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
 TEXTS = [*CODE, *NASTY.values()]
 
 
