@@ -11,7 +11,7 @@ from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
     from minicpm_edge.engines.base import Engine
-    from minicpm_edge.formats.resolve import Located
+    from minicpm_edge.formats.resolve import ModelRef
     from minicpm_edge.language_model import LanguageModel
 
 MAX_CONTEXT, MAX_THREADS = 1 << 24, 1024
@@ -29,7 +29,8 @@ def load(
     """Load a model for use: ``.gguf`` by llama.cpp, ONNX by ONNX Runtime, anything else by torch.
 
     Args:
-        model: what :func:`~minicpm_edge.formats.resolve.locate` takes; None is the newest run, else the demo model.
+        model: as :func:`~minicpm_edge.formats.resolve.resolve_model` takes it; None is the newest run, else the demo
+            model.
         context_length: tokens of prompt and answer together; by default what the model was trained for (GGUF: at
             most 8192, for the memory's sake).
         threads: CPU threads to compute with; by default one for each real core.
@@ -38,12 +39,12 @@ def load(
     Raises:
         UserError: for no such model, a broken one, a setting out of range, or a runtime that is not installed.
     """
-    from minicpm_edge.formats.resolve import locate
+    from minicpm_edge.formats.resolve import resolve_model
     from minicpm_edge.language_model import LanguageModel
 
     _check("context_length", context_length, MAX_CONTEXT)
     _check("threads", threads, MAX_THREADS)
-    found = locate(model, root=root, demo=True)
+    found = resolve_model(model, root=root, demo=True)
     engine = _engine(found, context_length, threads or default_threads())
     return LanguageModel(engine, name=found.name)
 
@@ -64,7 +65,7 @@ def _container_cpus(cpu_max: Path) -> int | None:
         return None
 
 
-def _engine(found: Located, context_length: int | None, threads: int) -> Engine:
+def _engine(found: ModelRef, context_length: int | None, threads: int) -> Engine:
     if found.kind == "gguf":
         _require("llama_cpp", "serve", found)
         from minicpm_edge.engines.llama_cpp import LlamaCppEngine
@@ -83,7 +84,7 @@ def _engine(found: Located, context_length: int | None, threads: int) -> Engine:
     return TorchEngine(found.path, context_length=context_length, threads=threads)
 
 
-def _require(package: str, extra: str, found: Located) -> None:
+def _require(package: str, extra: str, found: ModelRef) -> None:
     if importlib.util.find_spec(package) is None:
         raise UserError(
             f"{found.path} needs the package {package}, which is not installed: pip install 'minicpm-edge[{extra}]'"

@@ -23,7 +23,7 @@ from minicpm_export.request import Request
 from minicpm_export.verify.certificate import Certificate
 
 from minicpm_edge.formats.checkpoint import read_config
-from minicpm_edge.formats.resolve import locate
+from minicpm_edge.formats.resolve import resolve_model
 from minicpm_edge.model.transformer import count_parameters
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
-    found = locate(arguments.model)
+    found = resolve_model(arguments.model)
     request = Request(folder=found.path, name=found.name, run=found.run, text=arguments.text)
     print(HEAD)
     with tempfile.TemporaryDirectory() as folder:

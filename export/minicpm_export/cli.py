@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.command import Command
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.resolve import Located, locate
+from minicpm_edge.formats.resolve import ModelRef, resolve_model
 
 if TYPE_CHECKING:
     from minicpm_export.request import Request
@@ -78,7 +78,7 @@ def _run(arguments: argparse.Namespace) -> int:
     quant = _quant(arguments.form, arguments.quant)
     if arguments.architecture != "minicpm" and arguments.form != "hf":
         raise UserError("--architecture goes with --hf; the other forms have one name each")
-    found = locate(arguments.model)
+    found = resolve_model(arguments.model)
     if found.kind != "hf":
         raise UserError(
             f"{found.path} is {found.kind.upper()} already: export from the run or checkpoint it was made from"
@@ -101,7 +101,7 @@ def _quant(form: str, asked: str | None) -> str:
     return asked
 
 
-def _export(found: Located, arguments: argparse.Namespace, quant: str) -> int:
+def _export(found: ModelRef, arguments: argparse.Namespace, quant: str) -> int:
     from minicpm_export.request import Request
     from minicpm_export.verify.certificate import table
 

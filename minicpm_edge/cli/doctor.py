@@ -12,7 +12,7 @@ import platform
 import sys
 from typing import Any
 
-from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.command import Command
 from minicpm_edge.errors import UserError
 
 # distribution → (import name, what it serves, extra that brings it)

@@ -1,7 +1,7 @@
 """The ``minicpm-edge`` command: finds each part's commands by entry point and runs one.
 
-A part registers a :class:`Command` under the entry-point group ``minicpm_edge.commands``. Their modules import
-nothing heavy, so ``--help`` loads neither torch nor llama_cpp.
+The modules that register a :class:`~minicpm_edge.cli.command.Command` import nothing heavy, so ``--help`` loads
+neither torch nor llama_cpp.
 """
 
 from __future__ import annotations
@@ -9,10 +9,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points, version
 
+from minicpm_edge.cli.command import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Command
 from minicpm_edge.errors import UserError
 
 GROUP = "minicpm_edge.commands"
@@ -29,17 +28,7 @@ ORDER = (
     "runs",
     "doctor",
 )
-EXIT_ERROR, EXIT_INTERRUPTED = 1, 130
 OUT_OF_MEMORY = "error: out of memory; a smaller model, batch or context needs less"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Command:
-    """One subcommand: its one-line help, its arguments, and what it does (returning an exit code or None)."""
-
-    help: str
-    add_arguments: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[argparse.Namespace], int | None]
 
 
 def _find_commands() -> dict[str, EntryPoint]:
@@ -70,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as stop:  # argparse exits on --help (0) and on wrong usage (2)
-        return stop.code if isinstance(stop.code, int) else 2
+        return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         return arguments.run_command(arguments) or 0
     except UserError as error:
@@ -115,7 +104,7 @@ def _unexpected(error: Exception, debug: bool) -> int:
         raise error
     text = (str(error).splitlines() or [""])[0]
     print(
-        f"error: unexpected {type(error).__name__}: {text} (a bug of ours; --debug shows where)",
+        f"error: unexpected {type(error).__name__}: {text} (internal error; rerun with --debug)",
         file=sys.stderr,
     )
     return EXIT_ERROR

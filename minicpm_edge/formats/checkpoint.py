@@ -20,7 +20,7 @@ from torch import Tensor
 
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.weight_map import Weight, weights
+from minicpm_edge.formats.weight_map import WeightMapping, weight_mappings
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM
 
@@ -46,7 +46,7 @@ class LazyTensor:
         return tensor
 
 
-class PublishedTensors(Mapping[str, LazyTensor]):
+class HFStateDict(Mapping[str, LazyTensor]):
     """The tensors of a Hugging Face folder, one file or sharded, by published name; none is read before asked."""
 
     def __init__(self, folder: Path) -> None:
@@ -119,11 +119,11 @@ def read_config(folder: Path) -> ModelConfig:
         ) from None
 
 
-def published_tensors(folder: Path) -> PublishedTensors:
+def open_hf_state_dict(folder: Path) -> HFStateDict:
     """The folder's tensors, checked against its config: every one present, in shape, and none unknown."""
-    config, tensors = read_config(folder), PublishedTensors(folder)
+    config, tensors = read_config(folder), HFStateDict(folder)
     expected: dict[str, tuple[int, ...]] = {}
-    for weight in weights(config):
+    for weight in weight_mappings(config):
         for parts in weight.parts:
             for name, rows in zip(parts, weight.rows, strict=True):
                 expected[name] = (rows,) if weight.columns is None else (rows, weight.columns)
@@ -146,7 +146,7 @@ def load_checkpoint(
 
     ``dtype`` defaults to float32. Raises :class:`UserError` where files are missing or do not fit the config.
     """
-    config, tensors = read_config(folder), published_tensors(folder)
+    config, tensors = read_config(folder), open_hf_state_dict(folder)
     dtype = dtype or torch.float32
     with torch.device("meta"):
         model = MiniCPM(config)
@@ -154,23 +154,23 @@ def load_checkpoint(
     model.reset_buffers()
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for weight in weights(config):
+        for weight in weight_mappings(config):
             _fill(parameters[weight.name], weight, tensors)
     return model.eval()
 
 
-def _fill(parameter: Tensor, weight: Weight, tensors: PublishedTensors) -> None:
+def _fill(parameter: Tensor, weight: WeightMapping, tensors: HFStateDict) -> None:
     for expert, parts in enumerate(weight.parts):
         target = parameter[expert] if weight.stacked else parameter
         for name, block in zip(parts, target.split(weight.rows), strict=True):
             block.copy_(tensors[name].read())
 
 
-def published_state(model: MiniCPM) -> dict[str, Tensor]:
+def hf_state_dict(model: MiniCPM) -> dict[str, Tensor]:
     """Views of the model's parameters under their published names, in file order."""
     parameters = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
-    for weight in weights(model.config):
+    for weight in weight_mappings(model.config):
         for expert, parts in enumerate(weight.parts):
             source = parameters[weight.name].detach()
             source = source[expert] if weight.stacked else source
@@ -181,7 +181,7 @@ def published_state(model: MiniCPM) -> dict[str, Tensor]:
 def write_model(folder: Path, model: MiniCPM, *, tokenizer: Path | None = None) -> None:
     """Write config, weights and tokenizer files into an existing folder (not atomic by itself)."""
     config = model.config.to_dict()
-    state = published_state(model)
+    state = hf_state_dict(model)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}

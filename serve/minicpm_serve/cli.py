@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.command import Command
 from minicpm_edge.engines.base import SamplingParams
 from minicpm_edge.errors import UserError
 

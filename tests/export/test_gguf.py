@@ -10,7 +10,7 @@ from minicpm_export.gguf.writer import write_gguf
 from minicpm_export.verify.llama_runtime import LlamaRuntime
 from minicpm_export.verify.measures import Comparison
 
-from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors
+from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict
 from minicpm_edge.model.config import RopeScaling
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
@@ -131,7 +131,7 @@ def test_experts_and_rope_scaling_have_their_keys(make_model, tmp_path):
 
 def test_the_tensors_are_the_checkpoints(files, make_model):
     stored = {tensor.name: tensor.data for tensor in GGUFReader(files["F32"]).tensors}
-    tensors = published_tensors(make_model())
+    tensors = open_hf_state_dict(make_model())
     assert len(stored) == len(tensors) and "output.weight" not in stored
     down = tensors["model.layers.1.mlp.down_proj.weight"].read().numpy()
     np.testing.assert_array_equal(stored["blk.1.ffn_down.weight"], down)
@@ -213,7 +213,7 @@ def test_a_bfloat16_checkpoint_exports_its_exact_values(make_model, token_ids, t
     save_checkpoint(tmp_path / "m", load_checkpoint(source, dtype=torch.bfloat16), tokenizer=source)
     path = write(tmp_path / "m", tmp_path / "m.gguf", "BF16")
     stored = {tensor.name: tensor.data for tensor in GGUFReader(path).tensors}
-    value = published_tensors(tmp_path / "m")["model.layers.0.mlp.up_proj.weight"].read()
+    value = open_hf_state_dict(tmp_path / "m")["model.layers.0.mlp.up_proj.weight"].read()
     np.testing.assert_array_equal(
         stored["blk.0.ffn_up.weight"].view(np.int16), value.view(torch.int16).numpy()
     )

@@ -9,7 +9,7 @@ from minicpm_export.request import Request
 from minicpm_export.verify import certificate
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors, read_config, save_checkpoint
+from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict, read_config, save_checkpoint
 from minicpm_edge.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def test_it_loads_back_equal_to_the_bit(changes, dtype, make_model, tmp_path):
         save_checkpoint(source, model, tokenizer=make_model(**changes))
     made = export_huggingface(Request(folder=source, name="m"), tmp_path / "out")
     assert made.passed and made.checks[0].measures.max_logit_difference == 0.0
-    ours, theirs = published_tensors(source), published_tensors(tmp_path / "out")
+    ours, theirs = open_hf_state_dict(source), open_hf_state_dict(tmp_path / "out")
     assert list(ours) == list(theirs)
     for name, tensor in ours.items():
         assert theirs[name].dtype == dtype

@@ -16,7 +16,7 @@ from minicpm_export.verify import certificate
 from minicpm_export.verify.ort_runtime import OrtRuntime
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import load_checkpoint, published_tensors, read_config
+from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict, read_config
 from minicpm_edge.model.config import RopeScaling
 from minicpm_edge.text.tokenizer import Tokenizer
 
@@ -37,7 +37,7 @@ def write(folder, path, *, int8, external=False):
     with Initializers(data) as initializers:
         model = onnx_graph.build(
             read_config(folder),
-            published_tensors(folder),
+            open_hf_state_dict(folder),
             initializers,
             int8=int8,
             report=lambda status: None,

@@ -7,7 +7,7 @@ from minicpm_training.session import Watcher, train_branch
 
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.resolve import locate
+from minicpm_edge.formats.resolve import resolve_model
 
 
 @pytest.fixture
@@ -65,9 +65,9 @@ def test_the_decay_reads_its_own_mixture_where_the_trunk_stopped(make_recipe, wo
 
 def test_a_run_stands_for_its_newest_finished_decay(make_recipe, train, branch_off, tmp_path):
     run = train(make_recipe(), tmp_path / "run")
-    assert locate(run.folder).path == run.trunk.checkpoint(20)
+    assert resolve_model(run.folder).path == run.trunk.checkpoint(20)
     decayed = branch_off(run, 15, 256)
-    assert locate(run.folder).path == decayed.checkpoint(17)
+    assert resolve_model(run.folder).path == decayed.checkpoint(17)
 
 
 def test_what_cannot_branch_is_refused(make_recipe):

@@ -27,7 +27,7 @@ from minicpm_training.recipe.schema import OptimizerSection
 from minicpm_training.schedule import WarmupStableDecay
 from minicpm_training.trainer import Trainer
 
-from minicpm_edge.formats.checkpoint import published_state
+from minicpm_edge.formats.checkpoint import hf_state_dict
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM, count_parameters
 
@@ -119,7 +119,7 @@ class Theirs:
                 attn_implementation="sdpa",
             )
         )
-        missing, unexpected = self.model.load_state_dict(published_state(ours), strict=False)
+        missing, unexpected = self.model.load_state_dict(hf_state_dict(ours), strict=False)
         assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
         self.model.train()
         self.forward = torch.compile(self.model) if compiled else self.model

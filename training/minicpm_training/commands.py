@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minicpm_edge.cli.main import EXIT_INTERRUPTED
+from minicpm_edge.cli.command import EXIT_INTERRUPTED
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
 from minicpm_training import distributed
@@ -158,12 +158,12 @@ def list_runs(arguments: argparse.Namespace) -> int:
 def evaluate(arguments: argparse.Namespace) -> int:
     """Print bits per byte and perplexity of a model on prepared sets."""
     from minicpm_edge.formats.checkpoint import load_checkpoint
-    from minicpm_edge.formats.resolve import locate
+    from minicpm_edge.formats.resolve import resolve_model
     from minicpm_edge.text.tokenizer import Tokenizer
     from minicpm_training.evaluation import Validation
     from minicpm_training.hardware import choose_device
 
-    located = locate(arguments.model)
+    located = resolve_model(arguments.model)
     if located.kind != "hf":
         raise UserError(f"{located.path} is an export; `eval` measures a run or a Hugging Face folder")
     for option, value in (("--tokens", arguments.tokens), ("--length", arguments.length)):

@@ -24,7 +24,7 @@ from multiprocessing import active_children
 from types import FrameType
 from typing import TYPE_CHECKING, TypeVar
 
-from minicpm_edge.cli.main import EXIT_ERROR, EXIT_INTERRUPTED
+from minicpm_edge.cli.command import EXIT_ERROR, EXIT_INTERRUPTED
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from torch.optim import AdamW
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.config import ModelConfig
-from minicpm_edge.model.mup import EmbeddingRule, Rule, role_of, rules
+from minicpm_edge.model.mup import EmbeddingRule, ParamGroup, group_of, param_groups
 from minicpm_training.distributed import share_of
 from minicpm_training.recipe.schema import OptimizerSection
 
@@ -33,10 +33,10 @@ def build_optimizer(
     Each group holds ``lr_multiplier`` (1/m for matrices, 1 for the others); :func:`set_learning_rate` applies it.
     Parameters named as norms have no weight decay.
     """
-    table = rules(config, embedding_rule=embedding_rule)
-    groups: dict[Rule, list[Tensor]] = defaultdict(list)
+    table = param_groups(config, embedding_rule=embedding_rule)
+    groups: dict[ParamGroup, list[Tensor]] = defaultdict(list)
     for name, parameter in model.named_parameters():
-        groups[table[role_of(name)]].append(parameter)
+        groups[table[group_of(name)]].append(parameter)
     device = next(model.parameters()).device.type
     return AdamW(
         [

@@ -23,7 +23,7 @@ from typing import Any
 
 from minicpm_edge.atomic import write_text
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats import resolve as locate
+from minicpm_edge.formats import resolve
 
 CHECKPOINT_NAME = re.compile(r"step-(\d{8,15})")
 
@@ -117,7 +117,7 @@ class Run:
 
 def find_runs(root: Path) -> list[Run]:
     """Runs under ``root``, the one written to last at the end."""
-    return [Run(folder=path) for path in reversed(locate.find_runs(root))]
+    return [Run(folder=path) for path in reversed(resolve.find_runs(root))]
 
 
 def open_run(name: str | None, *, root: Path = Path("runs")) -> Run:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import LazyTensor, PublishedTensors, published_tensors, read_config
+from minicpm_edge.formats.checkpoint import HFStateDict, LazyTensor, open_hf_state_dict, read_config
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.destination import MADE_BY_KEY
@@ -53,7 +53,7 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
     """
     if sys.byteorder == "big":
         raise UserError("GGUF files are written on little-endian machines only")
-    config, tensors, tokenizer = read_config(folder), published_tensors(folder), Tokenizer.load(folder)
+    config, tensors, tokenizer = read_config(folder), open_hf_state_dict(folder), Tokenizer.load(folder)
     specs = list(gguf_map.tensors(config))
     factors = gguf_map.frequency_factors(config)
     writer = GGUFWriter(out, gguf_map.ARCHITECTURE)
@@ -88,7 +88,7 @@ def _add_keys(
         writer.add_key_value(key, value, kind)
 
 
-def _add_info(writer: GGUFWriter, spec: TensorSpec, tensors: PublishedTensors, quant: str) -> None:
+def _add_info(writer: GGUFWriter, spec: TensorSpec, tensors: HFStateDict, quant: str) -> None:
     parts = [tensors[source].shape for source in spec.sources]
     shape = parts[0] if len(parts) == 1 else (len(parts), *parts[0])
     _, kind, dtype = FLOAT_TYPES["F32" if spec.keep_f32 else quant]
@@ -102,7 +102,7 @@ def _torch_type(spec: TensorSpec, quant: str) -> torch.dtype:
 
 
 def _pieces(
-    spec: TensorSpec, tensors: PublishedTensors, config: ModelConfig, dtype: torch.dtype
+    spec: TensorSpec, tensors: HFStateDict, config: ModelConfig, dtype: torch.dtype
 ) -> Iterator[NDArray[np.generic]]:
     order = gguf_map.rotary_order(spec.heads, config.head_dim) if spec.heads else None
     for source in spec.sources:

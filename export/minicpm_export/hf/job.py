@@ -10,7 +10,7 @@ import torch
 
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import published_tensors, read_config
+from minicpm_edge.formats.checkpoint import open_hf_state_dict, read_config
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.destination import rejected
@@ -32,7 +32,7 @@ def export_huggingface(request: Request, out: Path, *, architecture: str = "mini
         UserError: for a model that cannot be exported, and for a folder that fails its certificate.
     """
     folder, config, tokenizer = request.folder, read_config(request.folder), Tokenizer.load(request.folder)
-    tensors = published_tensors(folder)
+    tensors = open_hf_state_dict(folder)
     if architecture == "granite" and config.num_experts:
         raise UserError(
             "a mixture of experts has no Granite form with these tensor names; leave --granite out"
@@ -70,13 +70,13 @@ def export_huggingface(request: Request, out: Path, *, architecture: str = "mini
 
 def _config(config: ModelConfig, folder: Path, architecture: str) -> dict[str, object]:
     entries = hf_config.granite(config) if architecture == "granite" else config.to_dict()
-    stored = next(iter(published_tensors(folder).values())).dtype
+    stored = next(iter(open_hf_state_dict(folder).values())).dtype
     return {**entries, "torch_dtype": str(stored).removeprefix("torch.")}
 
 
 def _differing(folder: Path, copy: Path) -> Iterator[str]:
     """Tensors of the copy that are not the original's to the bit."""
-    originals, copies = published_tensors(folder), published_tensors(copy)
+    originals, copies = open_hf_state_dict(folder), open_hf_state_dict(copy)
     for name, original in originals.items():
         if name not in copies or not torch.equal(_bits(original.read()), _bits(copies[name].read())):
             yield f"the tensor {name} differs"

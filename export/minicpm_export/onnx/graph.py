@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import PublishedTensors
+from minicpm_edge.formats.checkpoint import HFStateDict
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.rope import inverse_frequencies
 from minicpm_export.onnx.weights import BLOCK, ZERO_POINT, Initializers, quantize_rows
@@ -57,7 +57,7 @@ class Builder:
     """The graph while it grows: nodes in order, and where weights come from and go to."""
 
     config: ModelConfig
-    tensors: PublishedTensors
+    tensors: HFStateDict
     initializers: Initializers
     int8: bool
     report: Callable[[str], None]
@@ -104,7 +104,7 @@ class Builder:
 
 def build(
     config: ModelConfig,
-    tensors: PublishedTensors,
+    tensors: HFStateDict,
     initializers: Initializers,
     *,
     int8: bool,

@@ -13,7 +13,7 @@ from pathlib import Path
 import onnx
 
 from minicpm_edge.atomic import atomic_folder
-from minicpm_edge.formats.checkpoint import published_tensors, read_config
+from minicpm_edge.formats.checkpoint import open_hf_state_dict, read_config
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import PAD, Tokenizer
 from minicpm_export.destination import rejected
@@ -61,7 +61,7 @@ def export_onnx(request: Request, out: Path, quants: Sequence[str]) -> list[Cert
 def _write_graph(request: Request, config: ModelConfig, folder: Path, quant: str) -> bool:
     """Write one graph; returns whether its weights are in a file of their own."""
     name, bytes_per_weight = FILES[quant]
-    tensors = published_tensors(request.folder)
+    tensors = open_hf_state_dict(request.folder)
     num_weights = sum(prod(tensor.shape) for tensor in tensors.values())
     external = num_weights * bytes_per_weight > MAX_INLINE_BYTES
     path = folder / name

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats import resolve as locate_module
-from minicpm_edge.formats.resolve import Located, find_runs, locate, onnx_file
+from minicpm_edge.formats import resolve
+from minicpm_edge.formats.resolve import ModelRef, find_runs, onnx_file, resolve_model
 
 
 def touch(path: Path, text: str = "", *, age: float = 0) -> Path:
@@ -39,8 +39,8 @@ def test_a_trunk_stands_for_its_newest_checkpoint(tmp_path):
     newest = checkpoint(run, 100_000_000)  # nine digits: more than 99,999,999 of eight
     (run / "checkpoints" / ".step-00000200.tmp-1").mkdir()
     touch(run / "checkpoints" / "step-00000300")  # a file is none
-    assert locate(run) == Located(kind="hf", path=newest, run=run)
-    assert locate(run).name == "alpha"
+    assert resolve_model(run) == ModelRef(kind="hf", path=newest, run=run)
+    assert resolve_model(run).name == "alpha"
 
 
 def test_a_finished_decay_stands_before_the_trunk(tmp_path):
@@ -52,9 +52,9 @@ def test_a_finished_decay_stands_before_the_trunk(tmp_path):
         last = checkpoint(run / "decays" / label, 200, finished=finished, age=age)
         if label == "new":
             newest = last
-    assert locate(run).path == newest
-    assert locate(run).run == run
-    assert locate(run / "decays" / "old").path.parent.parent.name == "old"
+    assert resolve_model(run).path == newest
+    assert resolve_model(run).run == run
+    assert resolve_model(run / "decays" / "old").path.parent.parent.name == "old"
 
 
 def test_a_damaged_state_is_not_finished(tmp_path):
@@ -63,7 +63,7 @@ def test_a_damaged_state_is_not_finished(tmp_path):
     for number, text in enumerate(["", "[]", "{", '{"finished": "yes"}', "[" * 100_000]):
         decayed = checkpoint(run / "decays" / str(number), 2)
         touch(decayed / "state.json", text)
-    assert locate(run).path == trunk
+    assert resolve_model(run).path == trunk
 
 
 def test_nothing_named_is_the_run_written_to_last(tmp_path):
@@ -71,54 +71,54 @@ def test_nothing_named_is_the_run_written_to_last(tmp_path):
         checkpoint(make_run(tmp_path / name, age=age), 1)
     make_run(tmp_path / "just-begun", age=0)  # no checkpoint yet
     assert [run.name for run in find_runs(tmp_path)] == ["just-begun", "newest", "old", "older"]
-    assert locate(None, root=tmp_path).name == "newest"
+    assert resolve_model(None, root=tmp_path).name == "newest"
     touch(tmp_path / "older" / "decays" / "d" / "metrics.jsonl", age=-5)
-    assert locate(None, root=tmp_path).name == "older"
+    assert resolve_model(None, root=tmp_path).name == "older"
 
 
 def test_a_run_by_name(tmp_path):
     checkpoint(make_run(tmp_path / "alpha"), 1)
-    assert locate("alpha", root=tmp_path).run == tmp_path / "alpha"
+    assert resolve_model("alpha", root=tmp_path).run == tmp_path / "alpha"
 
 
 def test_without_runs_the_demo_model_or_advice(tmp_path, monkeypatch):
     demo = touch(tmp_path / "demo.gguf")
-    monkeypatch.setattr(locate_module, "demo_model", lambda: demo)
-    assert locate(None, root=tmp_path / "runs", demo=True) == Located(kind="gguf", path=demo)
+    monkeypatch.setattr(resolve, "demo_model", lambda: demo)
+    assert resolve_model(None, root=tmp_path / "runs", demo=True) == ModelRef(kind="gguf", path=demo)
     with pytest.raises(UserError, match="quickstart"):
-        locate(None, root=tmp_path / "runs")
-    monkeypatch.setattr(locate_module, "demo_model", lambda: None)
+        resolve_model(None, root=tmp_path / "runs")
+    monkeypatch.setattr(resolve, "demo_model", lambda: None)
     with pytest.raises(UserError, match=r"quickstart.*minicpm-edge\[demo\]"):
-        locate(None, root=tmp_path / "runs", demo=True)
+        resolve_model(None, root=tmp_path / "runs", demo=True)
 
 
 def test_files_and_folders(tmp_path):
     gguf = touch(tmp_path / "m" / "Model.Q4.gguf")
-    assert locate(gguf) == Located(kind="gguf", path=gguf) == locate(str(gguf))
-    assert locate(gguf).name == "Model.Q4"
-    assert locate(gguf.parent) == Located(kind="gguf", path=gguf)
+    assert resolve_model(gguf) == ModelRef(kind="gguf", path=gguf) == resolve_model(str(gguf))
+    assert resolve_model(gguf).name == "Model.Q4"
+    assert resolve_model(gguf.parent) == ModelRef(kind="gguf", path=gguf)
     folder = touch(tmp_path / "hf" / "config.json").parent
     weights = touch(folder / "model.safetensors")
-    assert locate(folder) == locate(weights) == Located(kind="hf", path=folder)
+    assert resolve_model(folder) == resolve_model(weights) == ModelRef(kind="hf", path=folder)
     sharded = touch(tmp_path / "sharded" / "config.json").parent
     touch(sharded / "model.safetensors.index.json")
-    assert locate(sharded).kind == "hf"
+    assert resolve_model(sharded).kind == "hf"
 
 
 @pytest.mark.parametrize("name", ["model.onnx", "onnx/model.onnx", "onnx/model_quantized.onnx"])
 def test_onnx_folders(tmp_path, name):
     file = touch(tmp_path / "web" / name)
-    assert locate(tmp_path / "web").kind == "onnx"
+    assert resolve_model(tmp_path / "web").kind == "onnx"
     for given in (tmp_path / "web", file):
-        located = locate(given)
-        assert onnx_file(located.path) == (file, tmp_path / "web")
-        assert located.name == "web"
+        ref = resolve_model(given)
+        assert onnx_file(ref.path) == (file, tmp_path / "web")
+        assert ref.name == "web"
 
 
 def test_a_model_in_parts_is_one(tmp_path):
     for part in (1, 2, 3):
         touch(tmp_path / f"big-{part:05d}-of-00003.gguf")
-    assert locate(tmp_path).path.name == "big-00001-of-00003.gguf"
+    assert resolve_model(tmp_path).path.name == "big-00001-of-00003.gguf"
 
 
 @pytest.mark.parametrize(
@@ -138,18 +138,18 @@ def test_folders_that_are_no_model(tmp_path, files, message):
     for name in files:
         touch(tmp_path / name)
     with pytest.raises(UserError) as caught:
-        locate(tmp_path)
+        resolve_model(tmp_path)
     assert message in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
 def test_names_that_are_no_model(tmp_path):
     with pytest.raises(UserError, match=r"no model at .*missing.*nor a run"):
-        locate(tmp_path / "missing")
+        resolve_model(tmp_path / "missing")
     with pytest.raises(UserError, match="is not a model"):
-        locate(touch(tmp_path / "notes.txt"))
+        resolve_model(touch(tmp_path / "notes.txt"))
     with pytest.raises(UserError, match="empty string"):
-        locate("")
+        resolve_model("")
     for name in ("a" * 5000, "a\0b", "\ud800"):
         with pytest.raises(UserError, match="model") as caught:
-            locate(name)
+            resolve_model(name)
         assert len(str(caught.value)) < 500

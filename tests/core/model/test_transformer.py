@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import load_checkpoint, published_state, save_checkpoint
+from minicpm_edge.formats.checkpoint import hf_state_dict, load_checkpoint, save_checkpoint
 from minicpm_edge.model.attention import KVCache
 from minicpm_edge.model.config import ModelConfig, RopeScaling
 from minicpm_edge.model.transformer import MiniCPM
@@ -61,7 +61,7 @@ def test_logits_equal_the_granite_oracle(tied):
         attention_multiplier=config.head_dim**-0.5,
     )
     oracle = transformers.GraniteForCausalLM(oracle_config).eval()
-    missing = oracle.load_state_dict(published_state(model), strict=False)
+    missing = oracle.load_state_dict(hf_state_dict(model), strict=False)
     assert missing.missing_keys == (["lm_head.weight"] if tied else [])
     oracle.tie_weights()
     ids = random_ids(2, 37)

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.command import Command
 
 SAMPLE_BYTES = 200_000_000
 

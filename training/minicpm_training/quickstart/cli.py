@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from minicpm_edge.cli.main import Command
+from minicpm_edge.cli.command import Command
 from minicpm_edge.errors import UserError
 
 DEFAULT_MINUTES = 5.5

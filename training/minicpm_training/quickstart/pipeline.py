@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_edge.atomic import atomic_folder, write_text
-from minicpm_edge.cli import main as cli
+from minicpm_edge.cli.command import EXIT_INTERRUPTED
+from minicpm_edge.cli.main import main
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.resolve import locate
+from minicpm_edge.formats.resolve import resolve_model
 
 VOCAB_SIZE = 4096
 QUANTS = ("Q4_K_M", "Q4_0", "Q8_0")  # the first that the model's rows allow
@@ -122,8 +123,8 @@ def _command(*words: str | Path) -> None:
     """Run one of our commands in this process, showing it as one would type it."""
     argv = [str(word) for word in words]
     print(f"  $ minicpm-edge {shlex.join(argv)}", flush=True)
-    code = cli.main(argv)
-    if code == cli.EXIT_INTERRUPTED:
+    code = main(argv)
+    if code == EXIT_INTERRUPTED:
         print("the quickstart goes on from here when the same command is typed again", flush=True)
         raise KeyboardInterrupt
     if code:
@@ -213,7 +214,7 @@ def _train(where: Layout, seconds: float) -> None:
 
 
 def _export(where: Layout) -> Path:
-    trained = (locate(str(where.run)).path / "state.json").stat().st_mtime
+    trained = (resolve_model(str(where.run)).path / "state.json").stat().st_mtime
     for quant in QUANTS:
         path = where.out / f"quickstart-{quant}.gguf"
         if path.exists() and path.stat().st_mtime > trained:  # older: the run has gone on since
@@ -300,7 +301,7 @@ def _held_out_bits(where: Layout) -> tuple[float, float]:
     """Bits per byte of the held-out docs where the exported decay branched off the trunk, and at its end."""
     from minicpm_training.run import Branch, open_run
 
-    branch = Branch(folder=locate(str(where.run)).path.parent.parent)
+    branch = Branch(folder=resolve_model(str(where.run)).path.parent.parent)
     if branch.folder.parent.name != "decays":
         raise UserError(f"{where.run} has no decay; remove {where.out} and run the quickstart again")
     after = branch.metrics()

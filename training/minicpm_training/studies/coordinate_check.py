@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from minicpm_edge.model.config import ModelConfig
-from minicpm_edge.model.mup import role_of, rules
+from minicpm_edge.model.mup import group_of, param_groups
 from minicpm_edge.model.transformer import MiniCPM
 
 WIDTHS = (64, 128, 256, 512)
@@ -61,11 +61,11 @@ def measure(
     config = _config(width)
     model = MiniCPM(config)
     model.init_weights(seed=seed)
-    table = rules(config)
-    base = rules(_config(WIDTHS[0]))
+    table = param_groups(config)
+    base = param_groups(_config(WIDTHS[0]))
     groups = []
     for name, parameter in model.named_parameters():
-        role = role_of(name)
+        role = group_of(name)
         rule = table[role] if scaled else base[role]
         groups.append({"params": [parameter], "lr": base_lr * rule.lr_multiplier})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
