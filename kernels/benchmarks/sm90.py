@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import argparse
 import difflib
-import importlib
 import os
-import pkgutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
 # Before Triton is imported: its interpreter, which tests switch on, cannot compile.
 os.environ.pop("TRITON_INTERPRET", None)
+# The test tools are not installed.
+sys.path.append(str(Path(__file__).parents[1] / "testing"))
 
-import minicpm_kernels
 import triton
-from minicpm_kernels._compile import Resources, Sm90Case, compile_sm90, resources
+from minicpm_kernels_testing.cases import all_cases
+from minicpm_kernels_testing.sm90_compile import Resources, compile_sm90, resources
 
 TRITON_VERSION = "3.6.0"  # another compiler makes another table
 TABLE = Path(__file__).parent / "results" / "sm90.md"
@@ -29,21 +29,21 @@ HEAD = """\
 # What the compiler makes of every kernel on sm_90
 
 Made by `kernels/benchmarks/sm90.py` with Triton {version}, without a GPU; checked by the tests. Registers and stack
-are per thread, shared memory in bytes per block; blocks are those that fit one multiprocessor at once, and occupancy
-their share of its 64 warps. HGMMA are Hopper's tensor-core instructions, HMMA the older, slower ones; TMA is the bulk
+are per thread, shared memory in bytes per CTA; blocks are the CTAs that fit one SM at once, and occupancy their share
+of its 64 warps. HGMMA are Hopper's tensor-core instructions, HMMA the older, slower ones; TMA is the bulk
 copy engine. Counts are of instructions in the program, not of executions.
 
-The last three columns are of the main loop: the cycles for which one warp keeps each unit of its partition busy in one
-turn, if it never waits (rates and their sources: `minicpm_kernels/_sass.py`). The largest is a bound from below; by how
-much another exceeds `tensor`, that much of the tensor cores' rate is out of reach. Waits and the bandwidth of shared
-memory, from which a 64x64 product with both operands there takes all it gives, are not in it. Where a loop also stores
-its results (`moe_rows`), `issue` counts that as if it were done every turn. Programs with partitions (`gluon`) change
-their registers as they start; the table has those they are launched with.
+The last three columns are of the main loop: the cycles for which one warp keeps each unit of its SM sub-partition busy
+in one iteration, if it never waits (rates and their sources: `minicpm_kernels_testing.sass`). The largest is a lower
+bound; by how much another exceeds `tensor`, that much of the tensor cores' rate is out of reach. Waits are not in it, nor
+is the bandwidth of shared memory, all of which a 64x64 MMA with both operands there takes. Where a loop also stores its
+results (`moe_rows`), `issue` counts that as if it were done in every iteration. Warp-specialised kernels (`gluon`)
+change their registers as they start; the table has those they are launched with.
 
 What the table says: nothing spills. Attention's forward at head dim 64 asks as much of the exponentials and, in
 Triton, of the issue slots as of the tensor cores, so that only overlap makes it fast; its backward, attention at head
-dim 128 and the experts' products ask most of the tensor cores. Kernels with one block a multiprocessor hide latency by
-their copies in flight, not by other blocks.
+dim 128 and the experts' matmuls ask most of the tensor cores. Kernels with one CTA per SM hide latency by their copies
+in flight, not by other CTAs.
 
 """
 COLUMNS = (
@@ -63,13 +63,6 @@ COLUMNS = (
     "special",
     "issue",
 )
-
-
-def cases() -> Iterator[Sm90Case]:
-    """Every case of every module of the package, modules in alphabetical order."""
-    for module in pkgutil.walk_packages(minicpm_kernels.__path__, "minicpm_kernels."):
-        if "triton" in module.name or "gluon" in module.name:
-            yield from getattr(importlib.import_module(module.name), "sm90_cases", list)()
 
 
 def cells(name: str, used: Resources) -> tuple[str | int, ...]:
@@ -107,7 +100,7 @@ def main() -> int:
         raise SystemExit(f"error: the table is of Triton {TRITON_VERSION}, this is {triton.__version__}")
     table = HEAD.format(version=TRITON_VERSION) + line(COLUMNS) + line("---" for _ in COLUMNS)
     problems = []
-    for case in cases():
+    for case in all_cases():
         used = resources(compile_sm90(case))
         table += line(cells(case.name, used))
         broken = used.broken_limits(needs_tensor_cores=case.needs_tensor_cores)

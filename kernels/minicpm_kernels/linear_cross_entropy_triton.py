@@ -16,9 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
-_MAX_BLOCK = 16384
+MAX_BLOCK = 16384
 _ELEMENTS_OF_THREAD = 16
 
 
@@ -99,7 +97,7 @@ def gradient_in_place(
     """
     num_rows, vocabulary = logits_CV.shape
     losses_2C = logits_CV.new_empty(2, num_rows, dtype=torch.float32)
-    block = min(_MAX_BLOCK, max(256, triton.next_power_of_2(vocabulary)))
+    block = min(MAX_BLOCK, max(256, triton.next_power_of_2(vocabulary)))
     linear_cross_entropy_kernel[(num_rows,)](
         logits_CV,
         targets_C,
@@ -113,40 +111,10 @@ def gradient_in_place(
         BLOCK=block,
         VECTOR=16 // logits_CV.element_size(),
         NEEDS_GRAD=needs_grad,
-        num_warps=_num_warps(block),
+        num_warps=num_warps_for(block),
     )
     return losses_2C.sum(1)
 
 
-def _num_warps(block: int) -> int:
+def num_warps_for(block: int) -> int:
     return max(1, min(32, block // (_ELEMENTS_OF_THREAD * 32)))
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """The vocabularies of MiniCPM (one configuration) and of a small model, in the dtypes of training."""
-    return [
-        Sm90Case(
-            name=f"linear_cross_entropy block {block} {dtype} {'loss and gradient' if needs_grad else 'loss'}",
-            kernel=linear_cross_entropy_kernel,
-            types={
-                "p_logits": f"*{dtype}",
-                "p_targets": "*i64",
-                "p_losses": "*fp32",
-                "p_z_losses": "*fp32",
-                "vocabulary": "i32",
-                "row_stride": "i32",
-                "logit_scale": "fp32",
-                "z_loss": "fp32",
-                "ignore_index": "i32",
-            },
-            constants={"BLOCK": block, "VECTOR": 8 if dtype == "bf16" else 4, "NEEDS_GRAD": needs_grad},
-            divisible_by_16=("row_stride",),
-            options={"num_warps": _num_warps(block)},
-        )
-        for block, dtype, needs_grad in (
-            (_MAX_BLOCK, "bf16", True),
-            (_MAX_BLOCK, "bf16", False),
-            (_MAX_BLOCK, "fp32", True),
-            (4096, "bf16", True),
-        )
-    ]

@@ -17,11 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
 _TILE = 4096  # elements of a program's tile: a long row, or several short ones
-_NUM_WARPS_FWD = 4
-_NUM_WARPS_BWD = 8
+NUM_WARPS_FWD = 4
+NUM_WARPS_BWD = 8
 _PROGRAMS_OF_MULTIPROCESSOR = 2  # of the backward: what its registers allow
 
 
@@ -193,7 +191,7 @@ def _forward(
     width = x.shape[-1]
     num_rows = x.shape[:-1].numel()
     rstd_N = x.new_empty(num_rows, dtype=torch.float32)
-    rows, block = _tile(width)
+    rows, block = tile_shape(width)
     if x.numel():
         with torch.cuda.device_of(x):
             rms_norm_fwd_kernel[(triton.cdiv(num_rows, rows),)](
@@ -210,7 +208,7 @@ def _forward(
                 ROWS=rows,
                 BLOCK=block,
                 RESIDUAL=branch is not None,
-                num_warps=_NUM_WARPS_FWD,
+                num_warps=NUM_WARPS_FWD,
             )
     return rstd_N
 
@@ -227,7 +225,7 @@ def _backward(
 ) -> Tensor:
     width = x.shape[-1]
     num_rows = x.shape[:-1].numel()
-    rows, block = _tile(width)
+    rows, block = tile_shape(width)
     num_programs = min(
         triton.cdiv(num_rows, rows), _num_multiprocessors(x.device) * _PROGRAMS_OF_MULTIPROCESSOR
     )
@@ -249,12 +247,12 @@ def _backward(
                 ROWS=rows,
                 BLOCK=block,
                 RESIDUAL=d_branch is not None,
-                num_warps=_NUM_WARPS_BWD,
+                num_warps=NUM_WARPS_BWD,
             )
     return d_weight_PD.sum(0).to(weight_D.dtype)
 
 
-def _tile(width: int) -> tuple[int, int]:
+def tile_shape(width: int) -> tuple[int, int]:
     block = triton.next_power_of_2(width)
     return max(1, _TILE // block), block
 
@@ -264,38 +262,3 @@ def _num_multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 2  # interpreted: enough to have several programs share the rows
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """The widths of the 1.2B and the 2.4B model: all in bf16, or float32 weights and residual beside bf16 blocks."""
-    scalars = {"num_rows": "i32", "width": "i32", "eps": "fp32", "branch_scale": "fp32"}
-    cases = []
-    for width in (1536, 2304):
-        rows, block = _tile(width)
-        for label, stream, branch, has_residual in (
-            ("bf16", "*bf16", "*bf16", False),
-            ("fp32", "*fp32", "*fp32", False),
-            ("residual bf16", "*bf16", "*bf16", True),
-            ("residual fp32", "*fp32", "*bf16", True),
-        ):
-            types = scalars | dict.fromkeys(
-                ("p_x", "p_new_residual", "p_d_new_residual", "p_d_x", "p_weight"), stream
-            )
-            types |= dict.fromkeys(("p_branch", "p_normalised", "p_d_normalised", "p_d_branch"), branch)
-            types |= dict.fromkeys(("p_rstd", "p_d_weight"), "*fp32")
-            constants: dict[str, object] = {"ROWS": rows, "BLOCK": block, "RESIDUAL": has_residual}
-            for name, kernel, only_residual, num_warps in (
-                ("rms_norm_fwd", rms_norm_fwd_kernel, ("p_branch", "p_new_residual"), _NUM_WARPS_FWD),
-                ("rms_norm_bwd", rms_norm_bwd_kernel, ("p_d_new_residual", "p_d_branch"), _NUM_WARPS_BWD),
-            ):
-                cases.append(
-                    Sm90Case(
-                        name=f"{name} D{width} {label}",
-                        kernel=kernel,
-                        types=types,
-                        constants=constants if has_residual else constants | dict.fromkeys(only_residual),
-                        divisible_by_16=("num_rows", "width"),
-                        options={"num_warps": num_warps},
-                    )
-                )
-    return cases

@@ -14,10 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
-_HEADS_OF_PROGRAM = 32
-_NUM_WARPS = 4
+HEADS_OF_PROGRAM = 32
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -59,7 +57,7 @@ def rope_turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -
     out_NHC = torch.empty_like(x_NHC, memory_format=torch.contiguous_format)
     if out_NHC.numel():
         with torch.cuda.device_of(x_NHC):
-            rope_kernel[(num_tokens, triton.cdiv(num_heads, _HEADS_OF_PROGRAM))](
+            rope_kernel[(num_tokens, triton.cdiv(num_heads, HEADS_OF_PROGRAM))](
                 x_NHC,
                 cos_NC2.contiguous(),
                 sin_NC2.contiguous(),
@@ -69,9 +67,9 @@ def rope_turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -
                 x_NHC.stride(1),
                 HALF=head_dim // 2,
                 BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
-                HEADS=_HEADS_OF_PROGRAM,
+                HEADS=HEADS_OF_PROGRAM,
                 BACKWARD=backward,
-                num_warps=_NUM_WARPS,
+                num_warps=NUM_WARPS,
             )
     return out_NHC
 
@@ -79,26 +77,3 @@ def rope_turn(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -
 @rope_turn.register_fake
 def _(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor, backward: bool) -> Tensor:
     return torch.empty_like(x_NHC, memory_format=torch.contiguous_format)
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that training launches."""
-    pointers = {"p_x": "*bf16", "p_cos": "*fp32", "p_sin": "*fp32", "p_out": "*bf16"}
-    integers = {"num_heads": "i32", "token_stride": "i32", "head_stride": "i32"}
-    return [
-        Sm90Case(
-            name=f"rope hd{head_dim} {'bwd' if backward else 'fwd'} bf16",
-            kernel=rope_kernel,
-            types=pointers | integers,
-            constants={
-                "HALF": head_dim // 2,
-                "BLOCK_HALF": head_dim // 2,
-                "HEADS": _HEADS_OF_PROGRAM,
-                "BACKWARD": backward,
-            },
-            divisible_by_16=("token_stride", "head_stride"),
-            options={"num_warps": _NUM_WARPS},
-        )
-        for head_dim in (64, 128)
-        for backward in (False, True)
-    ]

@@ -12,10 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
-_BLOCK = 1024  # columns of a program: two 16-byte loads of bf16 a thread
-_NUM_WARPS = 4
+BLOCK_COLUMNS = 1024  # columns of a program: two 16-byte loads of bf16 a thread
+NUM_WARPS = 4
 
 
 @triton.jit
@@ -55,11 +53,11 @@ def swiglu_fwd(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     rows_N2F = _rows(gate_up)
     out = gate_up.new_empty(*gate_up.shape[:-1], width)
-    grid = (rows_N2F.shape[0], triton.cdiv(width, _BLOCK))
+    grid = (rows_N2F.shape[0], triton.cdiv(width, BLOCK_COLUMNS))
     if out.numel():
         with torch.cuda.device_of(gate_up):
             swiglu_fwd_kernel[grid](
-                rows_N2F, out, width, rows_N2F.stride(0), BLOCK=_BLOCK, num_warps=_NUM_WARPS
+                rows_N2F, out, width, rows_N2F.stride(0), BLOCK=BLOCK_COLUMNS, num_warps=NUM_WARPS
             )
     return out
 
@@ -75,7 +73,7 @@ def swiglu_bwd(gate_up: Tensor, d_out: Tensor) -> Tensor:
     rows_N2F, d_out_NF = _rows(gate_up), _rows(d_out)
     width = d_out.shape[-1]
     d_gate_up = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-    grid = (rows_N2F.shape[0], triton.cdiv(width, _BLOCK))
+    grid = (rows_N2F.shape[0], triton.cdiv(width, BLOCK_COLUMNS))
     if d_out.numel():
         with torch.cuda.device_of(gate_up):
             swiglu_bwd_kernel[grid](
@@ -85,8 +83,8 @@ def swiglu_bwd(gate_up: Tensor, d_out: Tensor) -> Tensor:
                 width,
                 rows_N2F.stride(0),
                 d_out_NF.stride(0),
-                BLOCK=_BLOCK,
-                num_warps=_NUM_WARPS,
+                BLOCK=BLOCK_COLUMNS,
+                num_warps=NUM_WARPS,
             )
     return d_gate_up
 
@@ -100,21 +98,3 @@ def _rows(x: Tensor) -> Tensor:
     """`x` as a matrix whose rows are contiguous; copied only where its strides need it."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that training launches."""
-    pointers = {"p_gate_up": "*bf16", "p_out": "*bf16", "p_d_out": "*bf16", "p_d_gate_up": "*bf16"}
-    integers = ("width", "row_stride", "d_out_row_stride")
-    types = pointers | dict.fromkeys(integers, "i32")
-    return [
-        Sm90Case(
-            name=f"swiglu_{direction} bf16",
-            kernel=kernel,
-            types=types,
-            constants={"BLOCK": _BLOCK},
-            divisible_by_16=integers,
-            options={"num_warps": _NUM_WARPS},
-        )
-        for direction, kernel in (("fwd", swiglu_fwd_kernel), ("bwd", swiglu_bwd_kernel))
-    ]

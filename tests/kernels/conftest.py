@@ -1,13 +1,14 @@
-"""What every kernel test needs: a device to run on, the interpreter mended, poisoned memory, a measure of
-error.
+"""What every kernel test needs: a device to run on, the patched interpreter, poisoned memory, a measure of error.
 
-On a machine without a GPU kernels run in Triton's interpreter, in the ordinary pytest session;
-tests/conftest.py switches it on. With ``MINICPM_TEST_DEVICE=cuda`` the same tests run compiled kernels on
-the card, and with ``MINICPM_TEST_DEVICE=sm90`` the programs compiled for a Hopper card on the machine of ptx/, in the
-mode that ``MINICPM_SM90_MODE`` names (``eager``, ``lazy:1``, ``random:2``: when asynchronous work is done, and a seed).
+On a machine without a GPU kernels run in Triton's interpreter, in the ordinary pytest session; tests/conftest.py
+switches it on. With ``MINICPM_TEST_DEVICE=cuda`` the same tests run compiled kernels on the card, and with
+``MINICPM_TEST_DEVICE=sm90`` the programs compiled for a Hopper card in the sm_90 PTX emulator (kernels/ptx_emulator),
+in the mode that ``MINICPM_SM90_MODE`` names (``eager``, ``lazy:1``, ``random:2``: when asynchronous work is done, and a
+seed).
 """
 
 import os
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,24 +20,23 @@ import torch
 
 pytest.importorskip("triton", reason="kernel tests need Triton (Linux)")
 
-ON_SM90_MACHINE = os.environ.get("MINICPM_TEST_DEVICE") == "sm90"
-sys.path.insert(0, str(Path(__file__).parent))  # for the package ptx, which no distribution holds
-collect_ignore = [] if ON_SM90_MACHINE else ["ptx/test_machine.py"]  # needs a Triton that compiles
+IN_EMULATOR = os.environ.get("MINICPM_TEST_DEVICE") == "sm90"
+TESTING_TOOLS = Path(__file__).parents[2] / "kernels" / "testing"
 
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
     """The device that kernels are tested on."""
-    return torch.device("cpu" if ON_SM90_MACHINE else os.environ.get("MINICPM_TEST_DEVICE", "cpu"))
+    return torch.device("cpu" if IN_EMULATOR else os.environ.get("MINICPM_TEST_DEVICE", "cpu"))
 
 
 @pytest.fixture
 def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Make the public ops run their Triton kernels, interpreted when the device is the CPU."""
     monkeypatch.setenv("MINICPM_KERNELS", "triton")
-    if ON_SM90_MACHINE:
+    if IN_EMULATOR:
         from minicpm_kernels import backend
-        from ptx import driver
+        from ptx_emulator import driver
 
         # As on a card: nothing stands between a tensor and the kernels.
         monkeypatch.setattr(backend, "_obstacle_to_triton", lambda device_type: "")
@@ -44,14 +44,30 @@ def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
             yield
         return
     if device.type == "cpu":
-        from minicpm_kernels import _interpreter
+        from minicpm_kernels_testing.interpreter import patch_interpreter
 
-        _interpreter.mend()
+        patch_interpreter()
     # Interpreted arithmetic is numpy's, which warns where a GPU is silent: exp2 of a large number, the
     # maximum of NaNs.
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         yield
+
+
+@pytest.fixture(scope="session")
+def run_where_triton_compiles() -> Callable[[str], str]:
+    """Run a Python program in a process without the interpreter, which cannot compile; returns what it prints."""
+
+    def run(program: str) -> str:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        paths = (str(TESTING_TOOLS), os.environ.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        command = [sys.executable, "-c", program]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -1,10 +1,7 @@
-"""The Gluon forward: compiled for sm_90 anywhere; run on a Hopper card or on the machine of ptx/."""
+"""The Gluon forward: compiled for sm_90 anywhere; run on a Hopper card or in the emulator."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -27,7 +24,7 @@ MANY_DOCUMENTS = [1, 1, 3, 50, 2, 0, 77, 30, 5, 129, 64, 100, 0]
 
 @pytest.fixture
 def runnable(device: torch.device) -> None:
-    """Skip where no Hopper card runs the kernel, nor the machine of ptx/."""
+    """Skip where no Hopper card runs the kernel, nor the emulator."""
     if obstacle := gluon_obstacle(64, torch.bfloat16, device):
         pytest.skip(obstacle)
 
@@ -152,21 +149,13 @@ def test_interpreter_is_an_obstacle(device: torch.device) -> None:
     assert ("interpreter" in gluon_obstacle(64, torch.bfloat16, device)) == interpreter_enabled()
 
 
-def _compile(program: str) -> str:
-    """What a program prints in a process without the interpreter, which cannot compile."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_compiles_within_limits() -> None:
+def test_compiles_within_limits(run_where_triton_compiles: Callable[[str], str]) -> None:
     """Both head dims, both types."""
-    problems = _compile("""
+    problems = run_where_triton_compiles("""
 import dataclasses
-from minicpm_kernels._compile import compile_sm90, resources
-from minicpm_kernels.attention.gluon_fwd import sm90_cases
-for case in sm90_cases():
+from minicpm_kernels_testing.sm90_compile import compile_sm90, resources
+from minicpm_kernels_testing.cases.attention import gluon_forward_cases
+for case in gluon_forward_cases():
     half = {name: type_.replace("bf16[", "fp16[") for name, type_ in case.types.items()}
     for variant in (case, dataclasses.replace(case, types=half)):
         for problem in resources(compile_sm90(variant)).broken_limits(needs_tensor_cores=True):
@@ -175,20 +164,20 @@ for case in sm90_cases():
     assert problems == ""
 
 
-def test_softmax_runs_beside_products() -> None:
+def test_softmax_runs_beside_products(run_where_triton_compiles: Callable[[str], str]) -> None:
     """Between the waits for the scores and for the product with the values stand the search for the maximum (head dim
     64) and most exponentials (128), in the two loops of every attender: the assembler may move waits, and once
     did."""
-    counts = _compile("""
+    counts = run_where_triton_compiles("""
 import re
 import tempfile
-from minicpm_kernels._compile import _cuobjdump, compile_sm90
-from minicpm_kernels.attention.gluon_fwd import sm90_cases
-for case, instruction in zip(sm90_cases(), ("FMNMX", "MUFU.EX2"), strict=True):
+from minicpm_kernels_testing.sm90_compile import compile_sm90, cuobjdump
+from minicpm_kernels_testing.cases.attention import gluon_forward_cases
+for case, instruction in zip(gluon_forward_cases(), ("FMNMX", "MUFU.EX2"), strict=True):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compile_sm90(case).asm["cubin"])
         file.flush()
-        sass = _cuobjdump("--dump-sass", file.name)
+        sass = cuobjdump("--dump-sass", file.name)
     between = re.findall(r"DEPBAR.LE gsb0, 0x1 (.*?)DEPBAR.LE gsb0, 0x0 ", sass, re.DOTALL)
     print(*(text.count(instruction) for text in between))
 """)

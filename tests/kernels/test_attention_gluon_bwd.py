@@ -1,10 +1,7 @@
-"""The Gluon backward: compiled for sm_90 anywhere; run on a Hopper card or on the machine of ptx/."""
+"""The Gluon backward: compiled for sm_90 anywhere; run on a Hopper card or in the emulator."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -26,7 +23,7 @@ MANY_DOCUMENTS = [1, 1, 3, 50, 2, 0, 77, 30, 5, 129, 64, 100, 0]
 
 @pytest.fixture
 def runnable(device: torch.device) -> None:
-    """Skip where no Hopper card runs the kernel, nor the machine of ptx/."""
+    """Skip where no Hopper card runs the kernel, nor the emulator."""
     if obstacle := gluon_backward_obstacle(64, torch.bfloat16, device):
         pytest.skip(obstacle)
 
@@ -180,15 +177,15 @@ def test_missing_part_of_gluon_is_named(device: torch.device, monkeypatch: pytes
     assert gluon_backward_obstacle(64, torch.bfloat16, device).endswith("has no create_async_tma_reduce")
 
 
-def test_compiles_within_limits() -> None:
+def test_compiles_within_limits(run_where_triton_compiles: Callable[[str], str]) -> None:
     """In a process without the interpreter, both types. Products stay in flight: where ptxas cannot keep them so, it
     waits after each instruction (gsb0), not after each product, and says it only in its log."""
     program = """
 import dataclasses, re, tempfile
 from pathlib import Path
-from minicpm_kernels._compile import _cuobjdump, compile_sm90, resources
-from minicpm_kernels.attention.gluon_bwd import sm90_cases
-for case in sm90_cases():
+from minicpm_kernels_testing.sm90_compile import compile_sm90, cuobjdump, resources
+from minicpm_kernels_testing.cases.attention import gluon_backward_cases
+for case in gluon_backward_cases():
     half = {name: type_.replace("bf16[", "fp16[") for name, type_ in case.types.items()}
     for variant in (case, dataclasses.replace(case, types=half)):
         compiled = compile_sm90(variant)
@@ -197,14 +194,11 @@ for case in sm90_cases():
         with tempfile.TemporaryDirectory() as folder:
             cubin = Path(folder) / "kernel.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
-            waits = len(re.findall("HGMMA[^;]*gsb0", _cuobjdump("--dump-sass", cubin)))
+            waits = len(re.findall("HGMMA[^;]*gsb0", cuobjdump("--dump-sass", cubin)))
         if waits != compiled.asm["ptx"].count("wgmma.commit_group"):
             print(case.name, "waits for its products one by one")
 """
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout == ""
+    assert run_where_triton_compiles(program) == ""
 
 
 @pytest.mark.usefixtures("runnable")

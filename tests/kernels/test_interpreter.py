@@ -1,4 +1,4 @@
-"""The mended interpreter must round bf16 as hardware does, or every bf16 kernel test would be worthless."""
+"""The patched interpreter must round bf16 as hardware does, or every bf16 kernel test would be worthless."""
 
 import os
 
@@ -62,7 +62,7 @@ def test_bf16_dot_and_reduction_match_torch() -> None:
 
 
 def test_rounding_to_bf16_is_to_nearest_even() -> None:
-    from minicpm_kernels._interpreter import bf16_bits_to_float32, float32_to_bf16_bits
+    from minicpm_kernels_testing.interpreter import bf16_bits_to_float32, float32_to_bf16_bits
 
     torch.manual_seed(0)
     bits = torch.randint(-(2**31), 2**31 - 1, (100_000,)).int()

@@ -1,17 +1,13 @@
-"""Every kernel compiled for sm_90 without a GPU: limits kept, the published table true.
+"""Every kernel compiled for sm_90 without a GPU: limits kept, the published table true."""
 
-Compiling needs a process without the interpreter that this session runs in.
-"""
-
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from minicpm_kernels._compile import Resources
-from minicpm_kernels._sass import LoopLoad, main_loop
+from minicpm_kernels_testing.sass import LoopLoad, main_loop
+from minicpm_kernels_testing.sm90_compile import Resources
 
 BENCHMARKS = Path(__file__).parents[2] / "kernels" / "benchmarks"
 IDLE = {
@@ -46,30 +42,24 @@ SASS = """
 """
 
 
-def compiler(*arguments):
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
-
-
 def test_table_is_current_and_limits_hold():
     import triton
 
     if triton.__version__ != "3.6.0":
         pytest.skip("the table is of Triton 3.6.0")
-    result = compiler(str(BENCHMARKS / "sm90.py"), "--check")
+    command = [sys.executable, str(BENCHMARKS / "sm90.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_row_addresses_of_contiguous_tensors_are_64_bit():
+def test_row_addresses_of_contiguous_tensors_are_64_bit(run_where_triton_compiles):
     """More than 2^31 elements: RMSNorm multiplies rows by the width, and must do so in int64."""
-    program = (
-        "from minicpm_kernels._compile import compile_sm90\n"
-        "from minicpm_kernels.rms_norm_triton import sm90_cases\n"
-        "for case in sm90_cases(): print(compile_sm90(case).asm['ttir'])"
+    ttir = run_where_triton_compiles(
+        "from minicpm_kernels_testing.cases import rms_norm\n"
+        "from minicpm_kernels_testing.sm90_compile import compile_sm90\n"
+        "for case in rms_norm.cases(): print(compile_sm90(case).asm['ttir'])"
     )
-    result = compiler("-c", program)
-    assert result.returncode == 0, result.stderr
-    offsets = re.findall(r"tt\.addptr .*tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", result.stdout)
+    offsets = re.findall(r"tt\.addptr .*tensor<\d+x\d+x!tt\.ptr<\w+>>, tensor<\d+x\d+x(i\d+)>", ttir)
     assert len(offsets) > 40
     assert set(offsets) == {"i64"}
 

@@ -38,11 +38,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.attention.gluon import (
     LOG2_E,
     ROWS,
-    TILE_LAYOUT,
     barriers,
     gluon_descriptor,
     gluon_obstacle,
@@ -56,7 +54,7 @@ BLOCK_K = int(ATTENDERS.value * ROWS.value)
 STAGES = 4
 # Of a thread of an attender; the loader's warps keep 24.
 REGISTERS = 240
-_INTEGERS = ("num_tokens", "num_slots", "num_kv_heads", "num_tiles", "heads_per_section", "group")
+INTEGER_ARGUMENTS = ("num_tokens", "num_slots", "num_kv_heads", "num_tiles", "heads_per_section", "group")
 
 
 def gluon_backward_obstacle(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -317,7 +315,7 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
 
 
 # One program for all sizes: the one that `sm90_cases` lists and tests judge.
-@gluon.jit(do_not_specialize=_INTEGERS)
+@gluon.jit(do_not_specialize=INTEGER_ARGUMENTS)
 def attention_gluon_bwd_kernel(
     t_q, t_k, t_v, t_d_out, t_dk, t_dv, t_dq_sum, t_lse_log2, t_delta, p_end_query,
     num_tokens, num_slots, num_kv_heads, num_tiles, heads_per_section, group, scale, scale_log2,
@@ -451,35 +449,3 @@ def _float32_descriptor(x_RC: Tensor, rows: int) -> TensorDescriptor:
     """Blocks of 64 columns that lie in shared memory row after row."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
     return TensorDescriptor(x_RC, list(x_RC.shape), [x_RC.stride(0), 1], [rows, 64], layout)
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card and that attention_triton_bwd.py does not list."""
-    stats_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    row, block = (f"tensordesc<fp32[{rows},64],{stats_layout!r}>" for rows in (1, 64))
-    cases = [
-        Sm90Case(
-            name="attention_gluon_bwd_round_dq_hd64",
-            kernel=attention_gluon_bwd_dq_kernel,
-            types={"t_dq_sum": "tensordesc<fp32[64,64]>", "t_dq": "tensordesc<bf16[64,64]>"}
-            | {"num_slots": "i32", "scale": "fp32"},
-            constants={},
-            options={"num_warps": 4},
-        )
-    ]
-    for head_dim, add_dq in ((64, True), (64, False), (128, False)):
-        tile = f"tensordesc<bf16[{ROWS.value},{head_dim}],{TILE_LAYOUT!r}>"
-        cases.append(
-            Sm90Case(
-                name=f"attention_gluon_bwd_hd{head_dim}" + ("_add_dq" if add_dq else ""),
-                kernel=attention_gluon_bwd_kernel,
-                types=dict.fromkeys(("t_q", "t_k", "t_v", "t_d_out", "t_dk", "t_dv"), tile)
-                | {"t_dq_sum": block, "t_lse_log2": row, "t_delta": row, "p_end_query": "*i32"}
-                | dict.fromkeys(_INTEGERS, "i32")
-                | {"scale": "fp32", "scale_log2": "fp32"},
-                constants={"HEAD_DIM": head_dim, "STAGES": STAGES, "REGISTERS": REGISTERS, "ADD_DQ": add_dq},
-                options={"num_warps": 4},
-                needs_tensor_cores=True,
-            )
-        )
-    return cases

@@ -38,11 +38,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.attention.gluon import (
     LOG2_E,
     ROWS,
-    TILE_LAYOUT,
     barriers,
     gluon_descriptor,
     meet,
@@ -395,11 +393,11 @@ def _attend_partition(shared, turns, INDEX: gl.constexpr, OVERLAP: gl.constexpr)
     tma.store_wait(0)
 
 
-_INTEGERS = ("num_tokens", "num_heads", "num_tiles", "heads_per_section", "group")
+INTEGER_ARGUMENTS = ("num_tokens", "num_heads", "num_tiles", "heads_per_section", "group")
 
 
 # One program for all sizes: the one that `sm90_cases` lists and tests judge.
-@gluon.jit(do_not_specialize=_INTEGERS)
+@gluon.jit(do_not_specialize=INTEGER_ARGUMENTS)
 def attention_gluon_fwd_kernel(
     t_q, t_k, t_v, t_out, p_lse, p_first_key, p_next_work,
     num_tokens, num_heads, num_tiles, heads_per_section, group, scale_log2,
@@ -509,33 +507,3 @@ def attention_gluon_forward(
         num_warps=4,
     )
     return out_NHD, lse_HN
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card."""
-    cases = []
-    for head_dim in (64, 128):
-        tiles = gluon_tiles(head_dim)
-        q_tile, k_tile = (
-            f"tensordesc<bf16[{rows},{head_dim}],{TILE_LAYOUT!r}>" for rows in (ROWS.value, BLOCK_K)
-        )
-        cases.append(
-            Sm90Case(
-                name=f"attention_gluon_fwd_hd{head_dim}",
-                kernel=attention_gluon_fwd_kernel,
-                types={"t_q": q_tile, "t_k": k_tile, "t_v": k_tile, "t_out": q_tile}
-                | {"p_lse": "*fp32", "p_first_key": "*i32", "p_next_work": "*i32", "scale_log2": "fp32"}
-                | dict.fromkeys(_INTEGERS, "i32"),
-                constants={
-                    "BLOCK_K": BLOCK_K,
-                    "HEAD_DIM": head_dim,
-                    "ATTENDERS": tiles.attenders,
-                    "STAGES": tiles.stages,
-                    "REGISTERS": tiles.registers,
-                    "OVERLAP": tiles.overlap,
-                },
-                options={"num_warps": 4},
-                needs_tensor_cores=True,
-            )
-        )
-    return cases

@@ -24,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.attention.schedule import (
     Tiles,
     attention_bounds,
@@ -36,7 +35,7 @@ from minicpm_kernels.attention.schedule import (
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-_STATS_BLOCK = 128
+STATS_BLOCK = 128
 
 
 def adds_dq(head_dim: int, deterministic: bool) -> bool:
@@ -342,80 +341,15 @@ def row_stats(out_NHD: Tensor, d_out_NHD: Tensor, lse_HN: Tensor) -> tuple[Tenso
     num_tokens, num_heads, head_dim = out_NHD.shape
     num_slots = triton.cdiv(num_tokens, 4) * 4
     stats = torch.empty((2, num_heads, num_slots), dtype=torch.float32, device=out_NHD.device)
-    attention_bwd_stats_kernel[(triton.cdiv(num_slots, _STATS_BLOCK), num_heads)](
-        descriptor(out_NHD, _STATS_BLOCK),
-        descriptor(d_out_NHD, _STATS_BLOCK),
+    attention_bwd_stats_kernel[(triton.cdiv(num_slots, STATS_BLOCK), num_heads)](
+        descriptor(out_NHD, STATS_BLOCK),
+        descriptor(d_out_NHD, STATS_BLOCK),
         lse_HN,
         stats[0],
         stats[1],
         num_tokens,
         num_slots,
-        BLOCK=_STATS_BLOCK,
+        BLOCK=STATS_BLOCK,
         HEAD_DIM=head_dim,
     )
     return stats[0], stats[1]
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card."""
-    cases: list[Sm90Case] = []
-    for head_dim in (64, 128):
-        cases += [_stats_case(head_dim), _dq_case(head_dim)]
-        for group in (1, 3):
-            cases.append(_dkdv_case(head_dim, group, add_dq=False))
-            if adds_dq(head_dim, deterministic=False):
-                cases.append(_dkdv_case(head_dim, group, add_dq=True))
-    return cases
-
-
-def _tile_type(rows: int, columns: int, element: str = "bf16") -> str:
-    return f"tensordesc<{element}[{rows},{columns}]>"
-
-
-def _stats_case(head_dim: int) -> Sm90Case:
-    tile = _tile_type(_STATS_BLOCK, head_dim)
-    return Sm90Case(
-        name=f"attention_bwd_stats_hd{head_dim}",
-        kernel=attention_bwd_stats_kernel,
-        types={"t_out": tile, "t_d_out": tile, "num_tokens": "i32", "num_slots": "i32"}
-        | dict.fromkeys(("p_lse", "p_lse_log2", "p_delta"), "*fp32"),
-        constants={"BLOCK": _STATS_BLOCK, "HEAD_DIM": head_dim},
-    )
-
-
-def _dkdv_case(head_dim: int, group: int, *, add_dq: bool) -> Sm90Case:
-    tiles = dkdv_tiles(head_dim)
-    q_tile, k_tile = _tile_type(tiles.block_q, head_dim), _tile_type(tiles.block_k, head_dim)
-    stats_row = _tile_type(1, tiles.block_q, "fp32")
-    return Sm90Case(
-        name=f"attention_bwd_dkdv_hd{head_dim}_group{group}" + ("_add_dq" if add_dq else ""),
-        kernel=attention_bwd_dkdv_kernel,
-        types=dict.fromkeys(("t_q", "t_d_out"), q_tile)
-        | dict.fromkeys(("t_k", "t_v", "t_dk", "t_dv"), k_tile)
-        | {"t_dq_sum": _tile_type(tiles.block_q, head_dim, "fp32") if add_dq else q_tile}
-        | {"t_lse_log2": stats_row, "t_delta": stats_row, "p_end_query": "*i32"}
-        | dict.fromkeys(("num_tokens", "num_kv_heads", "num_tiles", "heads_per_section"), "i32")
-        | {"scale": "fp32", "scale_log2": "fp32"},
-        constants={"GROUP": group, "BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k}
-        | {"HEAD_DIM": head_dim, "ADD_DQ": add_dq},
-        options=tiles.options,
-        needs_tensor_cores=True,
-    )
-
-
-def _dq_case(head_dim: int) -> Sm90Case:
-    tiles = dq_tiles(head_dim)
-    q_tile, k_tile = _tile_type(tiles.block_q, head_dim), _tile_type(tiles.block_k, head_dim)
-    return Sm90Case(
-        name=f"attention_bwd_dq_hd{head_dim}",
-        kernel=attention_bwd_dq_kernel,
-        types=dict.fromkeys(("t_q", "t_d_out", "t_dq"), q_tile)
-        | {"t_k": k_tile, "t_v": k_tile, "p_lse_log2": "*fp32", "p_delta": "*fp32", "p_first_key": "*i32"}
-        | dict.fromkeys(
-            ("num_tokens", "num_slots", "num_heads", "num_tiles", "heads_per_section", "group"), "i32"
-        )
-        | {"scale": "fp32", "scale_log2": "fp32"},
-        constants={"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k, "HEAD_DIM": head_dim},
-        options=tiles.options,
-        needs_tensor_cores=True,
-    )

@@ -16,16 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
 LOG2_E = 1.4426950408889634
 
 # A program should read this many keys at least, or combining costs more than splitting gains. Not tuned on
 # a card.
 _MIN_KEYS_PER_SPLIT = 256
-_MAX_SPLITS = 128  # one program combines them, and more would not fit its registers
+MAX_SPLITS = 128  # one program combines them, and more would not fit its registers
 
-_OPTIONS = {"num_warps": 4, "num_stages": 3}
+OPTIONS = {"num_warps": 4, "num_stages": 3}
 
 
 @triton.jit
@@ -146,8 +144,8 @@ def attention_triton_decode(
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
-        BLOCK_T=_block_t(head_dim),
-        **_OPTIONS,
+        BLOCK_T=block_t(head_dim),
+        **OPTIONS,
     )
     if num_splits > 1:
         attention_decode_combine_kernel[(batch * num_heads,)](
@@ -161,7 +159,7 @@ def attention_triton_decode(
     return out_BHD
 
 
-def _block_t(head_dim: int) -> int:
+def block_t(head_dim: int) -> int:
     """Keys and values of a block are 16 KiB each, so that three stages leave room for two programs."""
     return 128 if head_dim <= 64 else 64
 
@@ -172,35 +170,4 @@ def _num_splits(num_programs: int, capacity: int, device: torch.device) -> int:
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
     wanted = -(-2 * multiprocessors // max(num_programs, 1))
-    return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT, _MAX_SPLITS))
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card."""
-    strides = [f"{x}_stride_{axis}" for x, axes in (("q", "bh"), ("k", "bth"), ("v", "bth")) for axis in axes]
-    combine = [
-        Sm90Case(
-            name=f"attention_decode_combine_hd{head_dim}_splits{splits}",
-            kernel=attention_decode_combine_kernel,
-            types={"p_part": "*fp32", "p_lse_log2": "*fp32", "p_out": "*bf16", "num_splits": "i32"},
-            constants={"BLOCK_S": splits, "HEAD_DIM": head_dim},
-        )
-        for head_dim in (64, 128)
-        for splits in (16, _MAX_SPLITS)
-    ]
-    attend = [
-        Sm90Case(
-            name=f"attention_decode_hd{head_dim}_group{group}",
-            kernel=attention_decode_kernel,
-            types=dict.fromkeys(("p_q", "p_k", "p_v"), "*bf16")
-            | {"p_lengths": "*i32", "p_part": "*fp32", "p_lse_log2": "*fp32", "scale_log2": "fp32"}
-            | dict.fromkeys(("num_kv_heads", "num_splits", "capacity", "window", *strides), "i32"),
-            constants={"GROUP": group, "BLOCK_G": max(16, triton.next_power_of_2(group))}
-            | {"HEAD_DIM": head_dim, "BLOCK_T": _block_t(head_dim)},
-            divisible_by_16=tuple(strides),
-            options=_OPTIONS,
-        )
-        for head_dim in (64, 128)
-        for group in (1, 36)
-    ]
-    return [*combine, *attend]
+    return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT, MAX_SPLITS))

@@ -21,11 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.attention.schedule import (
     Tiles,
     attention_bounds,
-    attention_bounds_kernel,
     descriptor,
     head_and_tile,
     heads_per_section,
@@ -164,34 +162,3 @@ def attention_triton_forward(
         **tiles.options,
     )
     return out_NHD, lse_HN
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card."""
-    cases = [
-        Sm90Case(
-            name="attention_bounds",
-            kernel=attention_bounds_kernel,
-            types={"p_cu_seqlens": "*i32", "p_first_key": "*i32", "p_end_query": "*i32"}
-            | dict.fromkeys(("num_documents", "num_tokens", "window", "num_steps"), "i32"),
-            constants={"BLOCK": 256},
-        )
-    ]
-    for head_dim in (64, 128):
-        tiles = forward_tiles(head_dim)
-        q_tile, k_tile = (f"tensordesc<bf16[{rows},{head_dim}]>" for rows in (tiles.block_q, tiles.block_k))
-        cases.append(
-            Sm90Case(
-                name=f"attention_fwd_hd{head_dim}",
-                kernel=attention_fwd_kernel,
-                types={"t_q": q_tile, "t_k": k_tile, "t_v": k_tile, "t_out": q_tile}
-                | {"p_lse": "*fp32", "p_first_key": "*i32", "scale_log2": "fp32"}
-                | dict.fromkeys(
-                    ("num_tokens", "num_heads", "num_tiles", "heads_per_section", "group"), "i32"
-                ),
-                constants={"BLOCK_Q": tiles.block_q, "BLOCK_K": tiles.block_k, "HEAD_DIM": head_dim},
-                options=tiles.options,
-                needs_tensor_cores=True,
-            )
-        )
-    return cases

@@ -23,7 +23,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.moe.triton_permute import Plan
 
 GROUP_ROWS = 8  # tiles of rows that share tiles of columns while these are in the L2 cache
@@ -225,49 +224,6 @@ def num_programs(device: torch.device) -> int:
         return 3  # in the interpreter: more than one, and fewer than the tiles, so that the walk is tested
     count: int = torch.cuda.get_device_properties(device).multi_processor_count
     return count
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card for a width that is a multiple of 64, and one for others."""
-    cases = []
-    for dtype, tiles in (("bf16", UP_TILES), ("fp32", FLOAT32_TILES)):
-        for save_hidden, even in ((True, True), (False, True), (True, False)):
-            cases.append(
-                Sm90Case(
-                    name=f"moe_up_fwd_{dtype}{'' if save_hidden else '_inference'}{'' if even else '_ragged'}",
-                    kernel=moe_up_fwd_kernel,
-                    types={"t_gate_up": f"tensordesc<{dtype}[1,1,{tiles.columns},{tiles.depth}]>"}
-                    | dict.fromkeys(("p_x", "p_hidden", "p_activation"), f"*{dtype}")
-                    | dict.fromkeys(("p_pair", "p_tile", "p_num_tiles"), "*i32")
-                    | dict.fromkeys(("width", "hidden"), "i32"),
-                    constants={"TOP_K": 2, "SAVE_HIDDEN": save_hidden, "EVEN": even, "PIECE": tiles.piece}
-                    | tile_constants(tiles),
-                    divisible_by_16=("width", "hidden"),
-                    options=tiles.options,
-                    needs_tensor_cores=dtype == "bf16",
-                )
-            )
-    for dtype, tiles in (("bf16", ROWS_TILES), ("fp32", FLOAT32_TILES)):
-        for transposed in (False, True):
-            weight = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
-            cases.append(
-                Sm90Case(
-                    name=f"moe_rows_{dtype}{'_transposed' if transposed else ''}",
-                    kernel=moe_rows_kernel,
-                    types={
-                        "t_row": f"tensordesc<{dtype}[{tiles.rows},{tiles.depth}]>",
-                        "t_weight": f"tensordesc<{dtype}[1,{weight[0]},{weight[1]}]>",
-                        "p_out": f"*{dtype}",
-                    }
-                    | dict.fromkeys(("p_tile", "p_num_tiles"), "*i32")
-                    | dict.fromkeys(("sum_width", "out_width"), "i32"),
-                    constants={"TRANSPOSED": transposed} | tile_constants(tiles),
-                    divisible_by_16=("sum_width", "out_width"),
-                    options=tiles.options,
-                    needs_tensor_cores=dtype == "bf16",
-                )
-            )
-    return cases
 
 
 def tile_constants(tiles: Tiles) -> dict[str, int]:

@@ -15,7 +15,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from minicpm_kernels._compile import Sm90Case
 from minicpm_kernels.moe.triton_gemm import (
     Tiles,
     column_halves,
@@ -187,49 +186,3 @@ def weight_gradients(sorted_SP: Tensor, tokens_NQ: Tensor, plan: Plan, *, sorted
         TOP_K=top_k, SORTED_ROWS=sorted_rows, **tile_constants(tiles), **tiles.options,
     )  # fmt: skip
     return out
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every configuration that is launched on a card for top-2 and a width that is a multiple of 64."""
-    cases = []
-    for dtype in (torch.bfloat16, torch.float32):
-        tag = "bf16" if dtype == torch.bfloat16 else "fp32"
-        tiles = tiles_for(dtype, DOWN_BACKWARD_TILES)
-        cases.append(
-            Sm90Case(
-                name=f"moe_down_bwd_{tag}",
-                kernel=moe_down_bwd_kernel,
-                types={
-                    "t_down": f"tensordesc<{tag}[1,{tiles.depth},{tiles.columns}]>",
-                    "t_hidden": f"tensordesc<{tag}[{tiles.rows},2,{tiles.piece}]>",
-                }
-                | dict.fromkeys(("p_dout", "p_dhidden", "p_weighted"), f"*{tag}")
-                | dict.fromkeys(("p_weight", "p_partial"), "*fp32")
-                | dict.fromkeys(("p_pair", "p_tile", "p_num_tiles"), "*i32")
-                | dict.fromkeys(("width", "hidden"), "i32"),
-                constants={"TOP_K": 2, "EVEN": True, "PIECE": tiles.piece} | tile_constants(tiles),
-                divisible_by_16=("width", "hidden"),
-                options=tiles.options,
-                needs_tensor_cores=dtype == torch.bfloat16,
-            )
-        )
-        tiles = tiles_for(dtype, GRADIENT_TILES)
-        for name, sorted_rows in (("gate_up", True), ("down", False)):
-            cases.append(
-                Sm90Case(
-                    name=f"moe_weight_bwd_{name}_{tag}",
-                    kernel=moe_weight_bwd_kernel,
-                    types={
-                        "t_sorted": f"tensordesc<{tag}[{tiles.depth},{tiles.rows if sorted_rows else tiles.columns}]>",
-                        "p_token_row": f"*{tag}",
-                        "p_out": f"*{tag}",
-                    }
-                    | dict.fromkeys(("p_pair", "p_start"), "*i32")
-                    | dict.fromkeys(("num_experts", "out_rows", "out_columns"), "i32"),
-                    constants={"TOP_K": 2, "SORTED_ROWS": sorted_rows} | tile_constants(tiles),
-                    divisible_by_16=("out_rows", "out_columns"),
-                    options=tiles.options,
-                    needs_tensor_cores=dtype == torch.bfloat16,
-                )
-            )
-    return cases

@@ -16,12 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
 _MAX_ROWS = 2**31 - 1
 _ONE_HOT_ELEMENTS = 8_192  # of a block of pairs by all experts: 32 registers a thread in 8 warps
 _PAIRS_OF_BLOCK = (32, 1_024)
-_COMBINE_TOKENS, _COMBINE_COLUMNS = 4, 256  # one warp a token, 16 bytes a thread; 2304 and 1536 divide evenly
+COMBINE_TOKENS, COMBINE_COLUMNS = 4, 256  # one warp a token, 16 bytes a thread; 2304 and 1536 divide evenly
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +143,7 @@ def make_plan(experts_NK: Tensor, num_experts: int, tile_rows: int) -> Plan:
     if num_pairs > _MAX_ROWS:
         raise ValueError(f"moe_experts: {num_pairs} rows (tokens times experts a token) exceed {_MAX_ROWS}")
     experts = triton.next_power_of_2(max(num_experts, 2))
-    block = _pairs_of_block(experts)
+    block = pairs_of_block(experts)
     num_blocks = triton.cdiv(num_pairs, block)
     max_tiles = num_pairs // tile_rows + num_experts  # each expert's last tile may be a partial one
 
@@ -165,7 +163,7 @@ def make_plan(experts_NK: Tensor, num_experts: int, tile_rows: int) -> Plan:
     )
     moe_plan_kernel[(1,)](
         count_BE, first_BE, plan.start_E1, plan.tile_T3, plan.num_tiles_1, num_blocks, num_experts, max_tiles,
-        TILE_ROWS=tile_rows, EXPERTS=experts, **_plan_blocks(experts), num_warps=8,
+        TILE_ROWS=tile_rows, EXPERTS=experts, **plan_blocks(experts), num_warps=8,
     )  # fmt: skip
     moe_place_kernel[(num_blocks,)](
         experts_NK, first_BE, plan.pair_S, plan.slot_NK, num_pairs, num_experts,
@@ -179,10 +177,10 @@ def combine(rows_SD: Tensor, plan: Plan, weights_NK: Tensor | None) -> Tensor:
     num_tokens, top_k = plan.slot_NK.shape
     width = rows_SD.shape[1]
     out_ND = rows_SD.new_empty(num_tokens, width)
-    grid = (triton.cdiv(num_tokens, _COMBINE_TOKENS), triton.cdiv(width, _COMBINE_COLUMNS))
+    grid = (triton.cdiv(num_tokens, COMBINE_TOKENS), triton.cdiv(width, COMBINE_COLUMNS))
     moe_combine_kernel[grid](
         rows_SD, plan.slot_NK, weights_NK, out_ND, num_tokens, width,
-        TOP_K=top_k, WEIGHTED=weights_NK is not None, TOKENS=_COMBINE_TOKENS, COLUMNS=_COMBINE_COLUMNS,
+        TOP_K=top_k, WEIGHTED=weights_NK is not None, TOKENS=COMBINE_TOKENS, COLUMNS=COMBINE_COLUMNS,
     )  # fmt: skip
     return out_ND
 
@@ -199,81 +197,11 @@ def weight_gradient(partial_SC: Tensor, plan: Plan) -> Tensor:
     return out_NK
 
 
-def _pairs_of_block(experts: int) -> int:
+def pairs_of_block(experts: int) -> int:
     least, most = _PAIRS_OF_BLOCK
     return min(max(_ONE_HOT_ELEMENTS // experts, least), most)
 
 
-def _plan_blocks(experts: int) -> dict[str, int]:
+def plan_blocks(experts: int) -> dict[str, int]:
     rows = min(max(4_096 // experts, 1), 64)
     return {"BLOCKS": rows, "TILES": rows}
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every kernel as launched for 8, 32 and 64 experts, top-2, in bf16."""
-    cases = []
-    for experts in (8, 32, 64):
-        sizes = {"EXPERTS": experts, "BLOCK": _pairs_of_block(experts)}
-        cases += [
-            Sm90Case(
-                name=f"moe_count_{experts}_experts",
-                kernel=moe_count_kernel,
-                types={"p_expert": "*i32", "p_count": "*i32", "num_pairs": "i32", "num_experts": "i32"},
-                constants=sizes,
-                options={"num_warps": 8},
-            ),
-            Sm90Case(
-                name=f"moe_plan_{experts}_experts",
-                kernel=moe_plan_kernel,
-                types=dict.fromkeys(("p_count", "p_first", "p_start", "p_tile", "p_num_tiles"), "*i32")
-                | dict.fromkeys(("num_blocks", "num_experts", "max_tiles"), "i32"),
-                constants={"TILE_ROWS": 128, "EXPERTS": experts, **_plan_blocks(experts)},
-                options={"num_warps": 8},
-            ),
-            Sm90Case(
-                name=f"moe_place_{experts}_experts",
-                kernel=moe_place_kernel,
-                types=dict.fromkeys(("p_expert", "p_first", "p_pair", "p_slot"), "*i32")
-                | {"num_pairs": "i32", "num_experts": "i32"},
-                constants=sizes,
-                options={"num_warps": 8},
-            ),
-        ]
-    for weighted in (True, False):
-        cases.append(
-            Sm90Case(
-                name="moe_combine_weighted" if weighted else "moe_combine",
-                kernel=moe_combine_kernel,
-                types={
-                    "p_row": "*bf16",
-                    "p_slot": "*i32",
-                    "p_out": "*bf16",
-                    "num_tokens": "i32",
-                    "width": "i32",
-                }
-                | ({"p_weight": "*fp32"} if weighted else {}),
-                constants={
-                    "TOP_K": 2,
-                    "WEIGHTED": weighted,
-                    "TOKENS": _COMBINE_TOKENS,
-                    "COLUMNS": _COMBINE_COLUMNS,
-                }
-                | ({} if weighted else {"p_weight": None}),
-                divisible_by_16=("width",),
-            )
-        )
-    cases.append(
-        Sm90Case(
-            name="moe_weight_gradient",
-            kernel=moe_weight_gradient_kernel,
-            types={
-                "p_partial": "*fp32",
-                "p_slot": "*i32",
-                "p_out": "*fp32",
-                "num_pairs": "i32",
-                "num_columns": "i32",
-            },
-            constants={"PAIRS": 32, "COLUMNS": 32},
-        )
-    )
-    return cases

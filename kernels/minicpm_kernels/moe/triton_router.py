@@ -13,8 +13,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minicpm_kernels._compile import Sm90Case
-
 _ELEMENTS = (
     1_024  # of a block of tokens by all experts: 8 a thread, of which about ten copies are live at once
 )
@@ -136,7 +134,7 @@ def router_forward(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
         return weights_NK, experts_NK, load_balance, z, logits_NE.new_zeros(num_experts)
     load_balance, z = logits_NE.new_empty(()), logits_NE.new_empty(())
     fraction_E = logits_NE.new_empty(num_experts)
-    sizes = _sizes(num_experts, top_k)
+    sizes = block_sizes(num_experts, top_k)
     num_blocks = triton.cdiv(num_tokens, sizes["TOKENS"])
     probability_BE = logits_NE.new_empty(num_blocks, sizes["EXPERTS"])
     count_BE = torch.empty_like(probability_BE, dtype=torch.int32)
@@ -147,7 +145,7 @@ def router_forward(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
     )  # fmt: skip
     moe_router_losses_kernel[(1,)](
         probability_BE, count_BE, square_B, fraction_E, load_balance, z, num_blocks, num_tokens, num_experts,
-        **_sizes_of_losses(num_experts, top_k),
+        **loss_block_sizes(num_experts, top_k),
     )  # fmt: skip
     return weights_NK, experts_NK, load_balance, z, fraction_E
 
@@ -165,7 +163,7 @@ def router_backward(
     dlogits_NE = logits_NE.new_empty(logits_NE.shape)
     num_tokens, num_experts = logits_NE.shape
     if num_tokens:
-        sizes = _sizes(num_experts, weights_NK.shape[1])
+        sizes = block_sizes(num_experts, weights_NK.shape[1])
         moe_router_bwd_kernel[(triton.cdiv(num_tokens, sizes["TOKENS"]),)](
             logits_NE, weights_NK, experts_NK, fraction_E, dweights_NK, dload_balance, dz, dlogits_NE,
             num_tokens, num_experts, **sizes,
@@ -173,7 +171,7 @@ def router_backward(
     return dlogits_NE
 
 
-def _sizes(num_experts: int, top_k: int) -> dict[str, int]:
+def block_sizes(num_experts: int, top_k: int) -> dict[str, int]:
     experts = triton.next_power_of_2(num_experts)
     return {
         "TOP_K": top_k,
@@ -183,47 +181,6 @@ def _sizes(num_experts: int, top_k: int) -> dict[str, int]:
     }
 
 
-def _sizes_of_losses(num_experts: int, top_k: int) -> dict[str, int]:
+def loss_block_sizes(num_experts: int, top_k: int) -> dict[str, int]:
     experts = triton.next_power_of_2(num_experts)
     return {"TOP_K": top_k, "EXPERTS": experts, "BLOCKS": max(4_096 // experts, 1)}
-
-
-def sm90_cases() -> list[Sm90Case]:
-    """Every kernel as launched for 8 experts, top-2, and for 64 experts, top-8."""
-    cases = []
-    for num_experts, top_k in ((8, 2), (64, 8)):
-        sizes = _sizes(num_experts, top_k)
-        name = f"{num_experts}_experts_top_{top_k}"
-        integers = dict.fromkeys(("num_blocks", "num_tokens", "num_experts"), "i32")
-        cases += [
-            Sm90Case(
-                name=f"moe_router_fwd_{name}",
-                kernel=moe_router_fwd_kernel,
-                types=dict.fromkeys(("p_logit", "p_weight", "p_probability", "p_square"), "*fp32")
-                | {"p_expert": "*i32", "p_count": "*i32"}
-                | integers,
-                constants=sizes,
-            ),
-            Sm90Case(
-                name=f"moe_router_losses_{name}",
-                kernel=moe_router_losses_kernel,
-                types=dict.fromkeys(
-                    ("p_probability", "p_square", "p_fraction", "p_load_balance", "p_z"), "*fp32"
-                )
-                | {"p_count": "*i32"}
-                | integers,
-                constants=_sizes_of_losses(num_experts, top_k),
-            ),
-            Sm90Case(
-                name=f"moe_router_bwd_{name}",
-                kernel=moe_router_bwd_kernel,
-                types=dict.fromkeys(
-                    ("p_logit", "p_weight", "p_fraction", "p_dweight", "p_dload_balance", "p_dz", "p_dlogit"),
-                    "*fp32",
-                )
-                | {"p_expert": "*i32"}
-                | integers,
-                constants=sizes,
-            ),
-        ]
-    return cases

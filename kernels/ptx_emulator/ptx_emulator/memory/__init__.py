@@ -1,0 +1,1 @@
+"""Checked memory: global and shared, mbarriers, tensor maps, and who may touch what when."""

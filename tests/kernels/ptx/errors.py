@@ -1,5 +1,0 @@
-"""The one error that the machine raises: what a program does that a GPU would refuse, or leaves undefined."""
-
-
-class PtxError(Exception):
-    """A fault of the program, of its launch, or a gap of this machine; the message names place and cause."""
