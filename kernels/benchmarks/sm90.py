@@ -35,9 +35,9 @@ copy engine. Counts are of instructions in the program, not of executions.
 
 The last three columns are of the main loop: the cycles for which one warp keeps each unit of its SM sub-partition busy
 in one iteration, if it never waits (rates and their sources: `minicpm_kernels_testing.sass`). The largest is a lower
-bound; by how much another exceeds `tensor`, that much of the tensor cores' rate is out of reach. Waits are not in it, nor
-is the bandwidth of shared memory, all of which a 64x64 MMA with both operands there takes. Where a loop also stores its
-results (`moe_rows`), `issue` counts that as if it were done in every iteration. Warp-specialised kernels (`gluon`)
+bound; by how much another exceeds `tensor`, that much of the tensor cores' rate is out of reach. Waits are not in it,
+nor is the bandwidth of shared memory, all of which a 64x64 MMA with both operands there takes. Where a loop also stores
+its results (`moe_rows`), `issue` counts that as if it were done in every iteration. Warp-specialised kernels (`gluon`)
 change their registers as they start; the table has those they are launched with.
 
 What the table says: nothing spills. Attention's forward at head dim 64 asks as much of the exponentials and, in

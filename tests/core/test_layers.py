@@ -17,7 +17,10 @@ PACKAGES = {
     "minicpm_export": (ROOT / "export" / "minicpm_export", {"minicpm_edge", "minicpm_kernels"}),
     "minicpm_serve": (ROOT / "serve" / "minicpm_serve", {"minicpm_edge", "minicpm_kernels"}),
     # Test tools, which no wheel holds: nothing that ships may import them.
-    "minicpm_kernels_testing": (ROOT / "kernels" / "testing" / "minicpm_kernels_testing", {"minicpm_kernels"}),
+    "minicpm_kernels_testing": (
+        ROOT / "kernels" / "testing" / "minicpm_kernels_testing",
+        {"minicpm_kernels"},
+    ),
     "ptx_emulator": (ROOT / "kernels" / "ptx_emulator" / "ptx_emulator", set()),
 }
 

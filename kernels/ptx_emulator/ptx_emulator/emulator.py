@@ -1,7 +1,7 @@
 """Run a launch: its CTAs one after another, the warps of a CTA interleaved.
 
-What a GPU leaves open is a choice here, made by `Mode`: which warp runs next (in turn, or at random with switches at any
-memory access), when asynchronous work happens (at once, as late as possible, or at random), and the order of CTAs.
+What a GPU leaves open is a choice here, made by `Mode`: which warp runs next (in turn, or at random with switches at
+any memory access), when asynchronous work happens (at once, as late as possible, or at random), and the order of CTAs.
 A correct kernel gives the same result under all of them.
 
 README.md beside this package says what is not modelled.

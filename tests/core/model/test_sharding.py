@@ -87,7 +87,7 @@ def test_sharded_gradients_are_those_of_one_process(name, kernels, tmp_path):
     if kernels == "triton":
         pytest.importorskip("triton")
     losses, expected = gradients_of_one_process(CONFIGS[name])
-    environment = os.environ | {"MINICPM_KERNELS": kernels}
+    environment = os.environ | {"MINICPM_KERNELS": kernels, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen([sys.executable, __file__, str(rank), name, str(tmp_path)], env=environment)
         for rank in range(PROCESSES)
