@@ -46,7 +46,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder for ONNX Runtime and the web",
     )
     form.add_argument(
-        "--hf", dest="form", action="store_const", const="hf", help="a folder in the published names"
+        "--hf",
+        dest="form",
+        action="store_const",
+        const="hf",
+        help="a folder with the Hugging Face tensor names",
     )
     parser.add_argument(
         "--quant",

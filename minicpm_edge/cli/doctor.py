@@ -1,4 +1,4 @@
-"""``minicpm-edge doctor``: what this machine has, what the product will use of it, and why."""
+"""``minicpm-edge doctor``: hardware, packages, and which kernel backend each op gets and why."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import sys
 from typing import Any
 
 from minicpm_edge.cli.command import Command
+from minicpm_edge.cli.table import format_table
 from minicpm_edge.errors import UserError
 
-# distribution → (import name, what it serves, extra that brings it)
+# distribution → (import name, what it is for, extra that installs it)
 PACKAGES = {
     "torch": ("torch", "training, export", "train"),
     "triton": ("triton", "kernels on a GPU; comes with a CUDA build of torch", "dev"),
@@ -31,7 +32,7 @@ OPS = ("attention", "attention_decode", "moe", "linear_cross_entropy", "rms_norm
 
 
 def examine() -> dict[str, Any]:
-    """Everything the command tells, as plain values."""
+    """What the command shows, as plain values."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -88,15 +89,19 @@ def _run(arguments: argparse.Namespace) -> None:
         return
     print(f"Python {report['python']} on {report['platform']}, {report['cores']} cores")
     print(f"device   {report['device']}")
-    for name, package in report["packages"].items():
-        missing = f"missing: pip install 'minicpm-edge[{package['extra']}]'"
-        print(f"{name:<17}{package['version'] or missing:<12}  ({package['for']})")
+    print(format_table([_package_row(name, package) for name, package in report["packages"].items()]))
     for backend in report["kernels"].values():
-        print(f"{backend['backend']:<11}{backend['reason']}")
+        print(f"{backend['backend']:<10} {backend['reason']}")
     if sys.version_info >= (3, 14):
         print("warning: Python 3.11 to 3.13 is what this is tested with")
 
 
+def _package_row(name: str, package: dict[str, str | None]) -> tuple[str, str]:
+    if package["version"] is None:
+        return name, f"missing: pip install 'minicpm-edge[{package['extra']}]' ({package['for']})"
+    return name, f"{package['version']} ({package['for']})"
+
+
 DOCTOR = Command(
-    help="say what this machine has, what will be used of it, and why", add_arguments=_add_arguments, run=_run
+    help="show hardware, packages and the selected kernel backends", add_arguments=_add_arguments, run=_run
 )

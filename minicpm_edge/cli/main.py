@@ -38,7 +38,7 @@ def _find_commands() -> dict[str, EntryPoint]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line, as argparse sees it (also the source of docs/cli.md)."""
+    """The parser of every command (also the source of docs/cli.md)."""
     parser = argparse.ArgumentParser(
         prog="minicpm-edge",
         description="From text to a small language model that answers on your own laptop or phone.",

@@ -6,12 +6,10 @@ Nothing here ever reads or writes a pickle. Folders are written through :mod:`mi
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +19,7 @@ from torch import Tensor
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.weight_map import WeightMapping, weight_mappings
+from minicpm_edge.json_file import read_json, write_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM
 
@@ -94,19 +93,6 @@ def _weight_files(folder: Path) -> list[Path]:
     if list(folder.glob("pytorch_model*.bin")):
         raise UserError(f"{folder}: only pickled weights here; convert them to safetensors first")
     raise UserError(f"{folder}: no model.safetensors here")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; :class:`UserError` naming the file where it is missing or broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object")
-    return value
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -183,9 +169,9 @@ def write_model(folder: Path, model: MiniCPM, *, tokenizer: Path | None = None) 
     config = model.config.to_dict()
     state = hf_state_dict(model)
     config["torch_dtype"] = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
-    _write_json(folder / "generation_config.json", generation)
+    write_json(folder / "generation_config.json", generation)
     _write_weights(folder, state)
     if tokenizer is not None:
         for name in TOKENIZER_FILES:
@@ -215,7 +201,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         total = sum(tensor.nbytes for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(folder / "model.safetensors.index.json", index)
+        write_json(folder / "model.safetensors.index.json", index)
 
 
 def save_checkpoint(
@@ -240,7 +226,7 @@ def write_manifest(folder: Path) -> None:
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in files
     }
-    _write_json(folder / MANIFEST, {"files": entries})
+    write_json(folder / MANIFEST, {"files": entries})
 
 
 def verify_manifest(folder: Path) -> None:
@@ -261,10 +247,6 @@ def sha256(file: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_json(path: Path, value: Mapping[str, object]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8", newline="\n")
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:

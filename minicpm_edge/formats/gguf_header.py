@@ -7,7 +7,6 @@ count and size is compared with the bytes that are really there. The weights beh
 from __future__ import annotations
 
 import mmap
-import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from math import prod
 from pathlib import Path
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.gguf_files import model_files, part_number
 from minicpm_edge.formats.gguf_rules import check_values
 from minicpm_edge.formats.gguf_types import (
     ARRAY,
@@ -36,7 +36,6 @@ MAX_KEYS, MAX_TENSORS, MAX_DIMENSIONS = 1 << 16, 1 << 16, 4
 MAX_KEY_NAME, MAX_TENSOR_NAME, MAX_STRING = 1 << 10, 63, 1 << 24
 MAX_ELEMENTS = 1 << 62  # beyond it products overflow llama.cpp's 64-bit arithmetic
 KEPT_ELEMENTS = 1 << 10  # settings by layer; longer arrays are not looked at value by value
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +55,10 @@ def check_gguf(path: Path) -> GGUFHeader:
         UserError: when llama.cpp could not load the file, or would not survive loading it.
     """
     try:
-        for part in _parts(path)[1:]:
+        number, total = part_number(path)
+        if number != 1:
+            raise GGUFError(f"it is part {number} of {total}; name the first part")
+        for part in model_files(path)[1:]:
             read_header(part)
         header = read_header(path)
         check_values(header.metadata)
@@ -238,14 +240,3 @@ def _check_places(tensors: Mapping[str, Tensor], alignment: int, data_bytes: int
             missing = tensor.offset + tensor.num_bytes - data_bytes
             raise GGUFError(f"it is cut short: the tensor {name!r} lacks its last {missing} bytes")
         expected += -(-tensor.num_bytes // alignment) * alignment
-
-
-def _parts(path: Path) -> list[Path]:
-    """The files of a model; llama.cpp opens the others by itself when it is given the first."""
-    named = _SPLIT.fullmatch(path.name)
-    if named is None:
-        return [path]
-    stem, first, total = named[1], int(named[2]), int(named[3])
-    if first != 1:
-        raise GGUFError(f"it is part {first} of {total}; name the first part")
-    return [path.with_name(f"{stem}-{number:05d}-of-{total:05d}.gguf") for number in range(1, total + 1)]

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
-import json
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.gguf_files import part_number
+from minicpm_edge.formats.run_folder import RECIPE, RUNS, find_runs, released_checkpoint
 
-RUNS = Path("runs")
-RECIPE, STATE = "recipe.toml", "state.json"
 # Where exporters put a graph, the most exact first.
 ONNX_FILES = ("onnx/model.onnx", "model.onnx", "onnx/model_quantized.onnx", "model_quantized.onnx")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = "a run, a checkpoint, a Hugging Face folder, a .gguf file or an ONNX folder"
-_CHECKPOINT = re.compile(r"step-\d{8,15}")
-_SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,17 +77,9 @@ def onnx_file(path: Path) -> tuple[Path, Path]:
     return path, path.parent.parent if path.parent.name == "onnx" else path.parent
 
 
-def find_runs(root: Path = RUNS) -> list[Path]:
-    """The run folders under ``root``, the one written to last in front."""
-    if not root.is_dir():
-        return []
-    runs = [folder for folder in root.iterdir() if (folder / RECIPE).is_file()]
-    return sorted(runs, key=lambda run: (_last_written(run), run.name), reverse=True)
-
-
 def _newest(root: Path, demo: bool) -> ModelRef:
     for run in find_runs(root):
-        if (checkpoint := _release(run)) is not None:
+        if (checkpoint := released_checkpoint(run)) is not None:
             return ModelRef(kind="hf", path=checkpoint, run=run)
     if not demo:
         raise UserError(
@@ -125,7 +112,7 @@ def _folder(path: Path) -> ModelRef:
         return ModelRef(kind="hf", path=path)
     if any((path / name).is_file() for name in ONNX_FILES):
         return ModelRef(kind="onnx", path=path)
-    files = sorted(file for file in path.glob("*.gguf") if _first_of_split(file))
+    files = sorted(file for file in path.glob("*.gguf") if part_number(file)[0] == 1)
     if len(files) == 1:
         return ModelRef(kind="gguf", path=files[0])
     if files:
@@ -139,46 +126,7 @@ def _folder(path: Path) -> ModelRef:
 
 
 def _run(path: Path) -> ModelRef:
-    checkpoint = _release(path)
+    checkpoint = released_checkpoint(path)
     if checkpoint is None:
         raise UserError(f"the run {path} has no checkpoint yet; train on with `minicpm-edge train --resume`")
     return ModelRef(kind="hf", path=checkpoint, run=path)
-
-
-def _release(run: Path) -> Path | None:
-    """The checkpoint a run stands for: of its newest finished decay, else of its trunk."""
-    decays = run / "decays"
-    last = (_last_checkpoint(decay) for decay in _folders(decays))
-    finished = [checkpoint for checkpoint in last if checkpoint is not None and _is_finished(checkpoint)]
-    if finished:
-        return max(finished, key=lambda checkpoint: ((checkpoint / STATE).stat().st_mtime, checkpoint))
-    return _last_checkpoint(run)
-
-
-def _last_checkpoint(branch: Path) -> Path | None:
-    found = [folder for folder in _folders(branch / "checkpoints") if _CHECKPOINT.fullmatch(folder.name)]
-    return max(found, key=lambda folder: int(folder.name[5:]), default=None)
-
-
-def _is_finished(checkpoint: Path) -> bool:
-    try:
-        state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(state, dict) and state.get("finished") is True
-
-
-def _folders(path: Path) -> Iterator[Path]:
-    return (entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else iter(())
-
-
-def _last_written(run: Path) -> float:
-    branches = [run, *_folders(run / "decays")]
-    files = [file for branch in branches for file in (branch / RECIPE, branch / "metrics.jsonl")]
-    return max(file.stat().st_mtime for file in files if file.is_file())
-
-
-def _first_of_split(file: Path) -> bool:
-    """False for the later parts of a model in several GGUF files: llama.cpp finds those by itself."""
-    part = _SPLIT.fullmatch(file.name)
-    return part is None or int(part[2]) == 1

@@ -19,6 +19,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.json_file import read_json
 from minicpm_edge.text.chat import CHATML_TEMPLATE
 from minicpm_edge.text.sentencepiece import convert
 
@@ -296,15 +297,7 @@ def _default_config() -> dict[str, Any]:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The tokenizer's settings, with the chat template under ``chat_template`` wherever the folder keeps it."""
-    file = folder / CONFIG_FILE
-    config: dict[str, Any] = {}
-    if file.is_file():
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(f"{file} is not valid JSON: {error}") from error
-        if not isinstance(config, dict):
-            raise UserError(f"{file} must hold a JSON object")
+    config = read_json(folder / CONFIG_FILE, missing_ok=True)
     template = config.get("chat_template")
     if isinstance(template, list):  # the older form with several named templates
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}

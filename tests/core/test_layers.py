@@ -27,6 +27,7 @@ PACKAGES = {
 # Core from the ground up: a line may import the lines above it, and nothing on its own line but itself.
 CORE_FLOORS = (
     ("errors", "atomic"),
+    ("json_file",),
     ("model", "text"),
     ("formats",),
     ("engines",),

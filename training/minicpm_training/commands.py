@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from minicpm_edge.cli.command import EXIT_INTERRUPTED
 from minicpm_edge.cli.progress import Progress
+from minicpm_edge.cli.table import format_table
 from minicpm_edge.errors import UserError
 from minicpm_training import distributed
 from minicpm_training.interrupts import stop_on_signals
@@ -149,9 +150,7 @@ def list_runs(arguments: argparse.Namespace) -> int:
                     decays,
                 )
             )
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(format_table(rows))
     return 0
 
 

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,9 +22,17 @@ from typing import Any
 
 from minicpm_edge.atomic import write_text
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats import resolve
-
-CHECKPOINT_NAME = re.compile(r"step-(\d{8,15})")
+from minicpm_edge.formats import run_folder
+from minicpm_edge.formats.run_folder import (
+    CHECKPOINT_NAME,
+    CHECKPOINTS,
+    DECAYS,
+    METRICS,
+    RECIPE,
+    RUNS,
+    checkpoint_name,
+    checkpoint_steps,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,26 +43,23 @@ class Branch:
 
     @property
     def recipe_path(self) -> Path:
-        return self.folder / "recipe.toml"
+        return self.folder / RECIPE
 
     @property
     def metrics_path(self) -> Path:
-        return self.folder / "metrics.jsonl"
+        return self.folder / METRICS
 
     @property
     def checkpoints_folder(self) -> Path:
-        return self.folder / "checkpoints"
+        return self.folder / CHECKPOINTS
 
     def checkpoint(self, step: int) -> Path:
         """Where the checkpoint of a step is or will be."""
-        return self.checkpoints_folder / f"step-{step:08d}"
+        return self.checkpoints_folder / checkpoint_name(step)
 
     def steps(self) -> list[int]:
         """Steps of the whole checkpoints, oldest first."""
-        if not self.checkpoints_folder.is_dir():
-            return []
-        names = (CHECKPOINT_NAME.fullmatch(folder.name) for folder in self.checkpoints_folder.iterdir())
-        return sorted(int(name[1]) for name in names if name)
+        return checkpoint_steps(self.folder)
 
     def remove_stale(self) -> None:
         """Remove what a killed save left behind. Only whole checkpoints bear their final name."""
@@ -67,7 +71,7 @@ class Branch:
         for step in self.steps()[:-keep]:
             if step not in protect and not (keep_every and step % keep_every == 0):
                 # Renamed first: a half-removed folder must not bear a checkpoint's name.
-                doomed = self.checkpoints_folder / f".step-{step:08d}.doomed"
+                doomed = self.checkpoints_folder / f".{checkpoint_name(step)}.doomed"
                 self.checkpoint(step).rename(doomed)
                 shutil.rmtree(doomed)
 
@@ -101,13 +105,13 @@ class Run:
         return Branch(folder=self.folder)
 
     def decay(self, label: str) -> Branch:
-        return Branch(folder=self.folder / "decays" / label)
+        return Branch(folder=self.folder / DECAYS / label)
 
     def decays(self) -> list[Branch]:
         """The decays, by name."""
-        folder = self.folder / "decays"
+        folder = self.folder / DECAYS
         found = folder.iterdir() if folder.is_dir() else iter(())
-        return [Branch(folder=path) for path in sorted(found) if (path / "recipe.toml").is_file()]
+        return [Branch(folder=path) for path in sorted(found) if (path / RECIPE).is_file()]
 
     def branch_points(self) -> frozenset[int]:
         """Trunk steps that decays branched from: their names begin with the checkpoint's."""
@@ -117,10 +121,10 @@ class Run:
 
 def find_runs(root: Path) -> list[Run]:
     """Runs under ``root``, the one written to last at the end."""
-    return [Run(folder=path) for path in reversed(resolve.find_runs(root))]
+    return [Run(folder=path) for path in reversed(run_folder.find_runs(root))]
 
 
-def open_run(name: str | None, *, root: Path = Path("runs")) -> Run:
+def open_run(name: str | None, *, root: Path = RUNS) -> Run:
     """The run of a folder or of a name under ``root``; the newest run when ``name`` is None."""
     if name is None:
         runs = find_runs(root)
@@ -128,12 +132,12 @@ def open_run(name: str | None, *, root: Path = Path("runs")) -> Run:
             raise UserError(f"no runs under {root}: start one with `minicpm-edge train RECIPE`")
         return runs[-1]
     for folder in (Path(name), root / name):
-        if (folder / "recipe.toml").is_file():
+        if (folder / RECIPE).is_file():
             return Run(folder=folder)
     raise UserError(f"{name!r} is not a run: no recipe.toml there nor under {root / name}")
 
 
-def new_run_folder(name: str, *, root: Path = Path("runs")) -> Path:
+def new_run_folder(name: str, *, root: Path = RUNS) -> Path:
     """``root/name``, numbered when that run exists."""
     folder, number = root / name, 1
     while folder.exists():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import PAD, Tokenizer
@@ -35,8 +33,3 @@ def generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
     if PAD in tokenizer.special_tokens:
         entries["pad_token_id"] = tokenizer.special_tokens[PAD]
     return entries
-
-
-def write_json(path: Path, entries: dict[str, object]) -> None:
-    """Write one JSON file (not atomic by itself)."""
-    path.write_text(json.dumps(entries, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", newline="\n")

@@ -11,6 +11,7 @@ import torch
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import open_hf_state_dict, read_config
+from minicpm_edge.json_file import write_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.destination import rejected
@@ -44,8 +45,8 @@ def export_huggingface(request: Request, out: Path, *, architecture: str = "mini
         for file in {tensor.file for tensor in tensors.values()} | ({index} if index.is_file() else set()):
             shutil.copyfile(file, temporary / file.name)
         tokenizer.save(temporary)
-        hf_config.write_json(temporary / "config.json", _config(config, folder, architecture))
-        hf_config.write_json(temporary / "generation_config.json", hf_config.generation(config, tokenizer))
+        write_json(temporary / "config.json", _config(config, folder, architecture))
+        write_json(temporary / "generation_config.json", hf_config.generation(config, tokenizer))
         measures = compare(TorchRuntime(folder), TorchRuntime(temporary), text.windows, request.report)
         # Granite's own keys go through a square root and back: the last bit of a scale may differ.
         limits = THRESHOLDS["exact" if architecture == "minicpm" else "F32"]

@@ -14,6 +14,7 @@ import onnx
 
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.formats.checkpoint import open_hf_state_dict, read_config
+from minicpm_edge.json_file import write_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import PAD, Tokenizer
 from minicpm_export.destination import rejected
@@ -84,10 +85,10 @@ def _write_settings(
         "dtype": "q8" if "INT8" in quants else "fp32",
         "use_external_data_format": {Path(FILES[quant][0]).name: 1 for quant in external},
     }
-    hf_config.write_json(folder / "config.json", entries)
-    hf_config.write_json(folder / "generation_config.json", hf_config.generation(config, tokenizer))
+    write_json(folder / "config.json", entries)
+    write_json(folder / "generation_config.json", hf_config.generation(config, tokenizer))
     smallest = FILES["INT8" if "INT8" in quants else "F32"][0]
-    hf_config.write_json(folder / "genai_config.json", genai_config(config, tokenizer, smallest))
+    write_json(folder / "genai_config.json", genai_config(config, tokenizer, smallest))
 
 
 def genai_config(config: ModelConfig, tokenizer: Tokenizer, file: str) -> dict[str, object]:

@@ -20,8 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicpm_edge.atomic import write_text
+from minicpm_edge.cli.table import format_table
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import read_json, sha256
+from minicpm_edge.formats.checkpoint import sha256
+from minicpm_edge.json_file import read_json
 from minicpm_export.verify.measures import Comparison, Measures
 from minicpm_export.verify.windows import Window
 
@@ -203,14 +205,7 @@ def table(certificate: Certificate) -> str:
                 f"{got.max_logit_difference:.2e}",
             )
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    lines = [format_table(rows, num_left=1)]
     positions = certificate.checks[0].measures.num_positions
     lines.append(f"{positions} positions of {certificate.held_out}, in {certificate.checks[0].runtime}")
     lines += certificate.notes

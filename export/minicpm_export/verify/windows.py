@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import read_json
+from minicpm_edge.json_file import read_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 

@@ -10,7 +10,8 @@ import pytest
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats import resolve
-from minicpm_edge.formats.resolve import ModelRef, find_runs, onnx_file, resolve_model
+from minicpm_edge.formats.resolve import ModelRef, onnx_file, resolve_model
+from minicpm_edge.formats.run_folder import find_runs
 
 
 def touch(path: Path, text: str = "", *, age: float = 0) -> Path:

@@ -144,7 +144,7 @@ def test_missing_tokenizers_are_named(tmp_path):
 def test_a_broken_configuration_is_named(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"tokenizer_config.json is not valid JSON"):
+    with pytest.raises(UserError, match=r"tokenizer_config.json: not readable as JSON"):
         Tokenizer.load(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<nope>"}')
     with pytest.raises(UserError, match="no bos_token: '<nope>'"):
