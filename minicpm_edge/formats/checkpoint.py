@@ -1,4 +1,4 @@
-"""A checkpoint is a Hugging Face folder with the published tensor names, plus a manifest with SHA-256.
+"""A checkpoint is a Hugging Face folder with a manifest of SHA-256.
 
 Nothing here ever reads or writes a pickle. Folders are written through :mod:`minicpm_edge.atomic`.
 """
@@ -31,7 +31,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class LazyTensor:
-    """A published tensor still on the disk: its shape and dtype are known, ``read()`` fetches it."""
+    """A tensor of a Hugging Face folder, still on the disk: its shape and dtype are known, ``read()`` fetches it."""
 
     file: Path
     name: str
@@ -46,7 +46,7 @@ class LazyTensor:
 
 
 class HFStateDict(Mapping[str, LazyTensor]):
-    """The tensors of a Hugging Face folder, one file or sharded, by published name; none is read before asked."""
+    """The tensors of a Hugging Face folder, one file or sharded, by HF name; none is read before it is asked for."""
 
     def __init__(self, folder: Path) -> None:
         self._tensors: dict[str, LazyTensor] = {}
@@ -110,8 +110,8 @@ def open_hf_state_dict(folder: Path) -> HFStateDict:
     config, tensors = read_config(folder), HFStateDict(folder)
     expected: dict[str, tuple[int, ...]] = {}
     for weight in weight_mappings(config):
-        for parts in weight.parts:
-            for name, rows in zip(parts, weight.rows, strict=True):
+        for names in weight.hf_names:
+            for name, rows in zip(names, weight.rows, strict=True):
                 expected[name] = (rows,) if weight.columns is None else (rows, weight.columns)
     for name, shape in expected.items():
         if name not in tensors:
@@ -146,21 +146,21 @@ def load_checkpoint(
 
 
 def _fill(parameter: Tensor, weight: WeightMapping, tensors: HFStateDict) -> None:
-    for expert, parts in enumerate(weight.parts):
+    for expert, names in enumerate(weight.hf_names):
         target = parameter[expert] if weight.stacked else parameter
-        for name, block in zip(parts, target.split(weight.rows), strict=True):
+        for name, block in zip(names, target.split(weight.rows), strict=True):
             block.copy_(tensors[name].read())
 
 
 def hf_state_dict(model: MiniCPM) -> dict[str, Tensor]:
-    """Views of the model's parameters under their published names, in file order."""
+    """Views of the model's parameters under their Hugging Face names, in file order."""
     parameters = dict(model.named_parameters())
     state: dict[str, Tensor] = {}
     for weight in weight_mappings(model.config):
-        for expert, parts in enumerate(weight.parts):
+        for expert, names in enumerate(weight.hf_names):
             source = parameters[weight.name].detach()
             source = source[expert] if weight.stacked else source
-            state.update(zip(parts, source.split(weight.rows), strict=True))
+            state.update(zip(names, source.split(weight.rows), strict=True))
     return state
 
 
@@ -194,7 +194,7 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
     if count == 1:
         files = ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
-        # Merged weights share storage between published names, which the format refuses: one copy a shard.
+        # Merged weights share storage between HF names, which the format refuses: one copy a shard.
         copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shard.items()}
         write_tensors(copies, folder / file)
     if count > 1:

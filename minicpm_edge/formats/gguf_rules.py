@@ -1,6 +1,6 @@
 """What the values in a GGUF header must be so that llama.cpp does not abort on them.
 
-A missing or mistyped key llama.cpp reports itself. These are the ones it asserts, divides by or trusts.
+Checks the values that llama.cpp asserts, divides by or trusts; it reports missing and mistyped keys itself.
 """
 
 from __future__ import annotations
@@ -134,9 +134,7 @@ def _check_tokenizer(metadata: Metadata) -> None:
     model = metadata.get("tokenizer.ggml.model")
     name = model.value if isinstance(model, Scalar) else None
     if name not in TOKENIZERS:
-        raise GGUFError(
-            f"its tokenizer is of the kind {name!r}; supported are {', '.join(map(str, TOKENIZERS))}"
-        )
+        raise GGUFError(f"its tokenizer model is {name!r}; supported are {', '.join(map(str, TOKENIZERS))}")
     if TOKENIZERS[name] and not tokens.texts >= BYTE_TOKENS:
         raise GGUFError("its tokenizer lacks tokens for single bytes (<0x00> to <0xFF>)")
     for entry_name, kind in (("token_type", INT32), ("scores", FLOAT32)):

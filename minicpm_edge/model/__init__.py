@@ -1,1 +1,1 @@
-"""The decoder: its layers, its configuration and the rules that scale it."""
+"""The decoder: its layers, its configuration and its parameter groups."""

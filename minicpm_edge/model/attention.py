@@ -1,6 +1,7 @@
 """Causal self-attention with grouped keys, over packed documents or over a cache.
 
-Legend: B batch, T time, S cached time, N = B·T tokens, D model, H query heads, K key heads, C head dim.
+Legend: B batch, T time, S cache positions, N = B·T tokens, D model width, H query heads, K key/value heads,
+C head dim, C2 half of it.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from minicpm_edge.model.config import ModelConfig
 class KVCache:
     """Keys and values of every layer, (B, max_length, K, C) each, filled from the left.
 
-    All rows of the batch have the same length. Raises ``ValueError`` past ``max_length``.
+    All sequences of the batch have the same length. Raises ``ValueError`` past ``max_length``.
     """
 
     def __init__(

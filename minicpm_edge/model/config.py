@@ -1,4 +1,4 @@
-"""What a model is: :class:`ModelConfig`, read from and written as the published ``config.json``."""
+"""The shape and scales of a model: :class:`ModelConfig`, read from and written as a Hugging Face ``config.json``."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from minicpm_edge.errors import UserError
 
-MAX_DIMENSION = 1 << 24  # no field of a real config comes near; a broken file must not ask for terabytes
+# No field of a real config comes near; a broken file must not ask for terabytes.
+MAX_DIMENSION = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched past the trained context (Llama 3's rule, or plain interpolation)."""
+    """How rotary frequencies are scaled past the trained context (Llama 3's rule, or plain interpolation)."""
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -52,7 +53,7 @@ class RopeScaling:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Shape and scales of a decoder; field names are those of the published ``config.json``.
+    """Shape and scales of a decoder; field names are those of MiniCPM's ``config.json``.
 
     Dense when ``num_experts`` is 0, else every feed-forward is a mixture of experts.
     Raises :class:`UserError` on values that no model can have.
@@ -120,7 +121,7 @@ class ModelConfig:
         return self.dim_model_base / self.hidden_size
 
     def to_dict(self) -> dict[str, object]:
-        """The published ``config.json`` of this model (``MiniCPMForCausalLM`` and its keys)."""
+        """The ``config.json`` of this model (``MiniCPMForCausalLM`` and its keys)."""
         entries: dict[str, object] = {
             "architectures": ["MiniCPMForCausalLM"],
             "model_type": "minicpm",

@@ -1,6 +1,6 @@
 """The dense feed-forward: SwiGLU.
 
-Legend: N tokens, D model, F feed-forward width.
+Legend: N tokens of a packed batch, D model width, F feed-forward width.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The mixture-of-experts feed-forward (paper, section 6.4).
 
-Legend: N tokens, D model, E experts, F width of one expert.
+Legend: N tokens of a packed batch, D model width.
 """
 
 from __future__ import annotations

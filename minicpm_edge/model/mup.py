@@ -1,8 +1,8 @@
-"""Width and depth rules (paper, table 7), so that a rate found on a small model serves a large one.
+"""muP: initial std and learning rate by width (paper, table 7), so that a learning rate found small serves large.
 
-With m = d_model / d_base: 2-D tensors start with std init_std / sqrt(m) and learn at rate / m; all others keep
-the base rate. Logits are scaled by 1 / m and each block's output by scale_depth / sqrt(layers); both of those
-live in the model (:mod:`minicpm_edge.model.transformer`).
+With m = d_model / d_base: 2-D tensors start with std init_std / sqrt(m) and have the learning rate lr / m; all
+others keep the base learning rate. Logits are scaled by 1 / m and each block's output by scale_depth / sqrt(layers);
+both of those live in the model (:mod:`minicpm_edge.model.transformer`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ EmbeddingRule = Literal["input", "matrix"]
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroup:
-    """How one role starts and learns: standard deviation (or ``ones``), rate multiplier, weight decay or not."""
+    """What a group of parameters shares: initial std (or ``ones``), learning-rate multiplier, weight decay or not."""
 
     init_std: float
     ones: bool = False
@@ -28,18 +28,19 @@ class ParamGroup:
 
 
 def width_multiplier(config: ModelConfig) -> float:
-    """m = d_model / d_base."""
+    """m = d_model / d_base (paper, table 7)."""
     return config.hidden_size / config.dim_model_base
 
 
 def param_groups(
     config: ModelConfig, *, embedding_rule: EmbeddingRule = "input"
 ) -> dict[GroupName, ParamGroup]:
-    """The one init and learning-rate table.
+    """Initialisation and learning rate of every group (paper, table 7): the one table.
 
     The paper does not say whether the (tied) embedding counts as 2-D. ``embedding_rule="input"`` (default)
-    treats it as the look-up it is: base std and base rate, as other muP implementations do; ``"matrix"`` scales
-    it like the other 2-D tensors. An untied head is a matrix. The router starts at N(0, 0.1) (paper, section 6.4).
+    treats it as the look-up it is: base std and base learning rate, as other muP implementations do;
+    ``"matrix"`` scales it like the other 2-D tensors. An untied head is a matrix. The router
+    starts at N(0, 0.1) (paper, section 6.4).
     """
     m = width_multiplier(config)
     std = config.initializer_range
@@ -54,7 +55,7 @@ def param_groups(
 
 
 def group_of(name: str) -> GroupName:
-    """The role of a parameter by its internal name."""
+    """The group of a parameter, by its internal name (``layers.0.attention.qkv.weight``)."""
     if name.startswith("embedding."):
         return "embedding"
     if "norm." in name:

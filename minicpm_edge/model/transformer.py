@@ -1,6 +1,6 @@
 """The decoder: MiniCPM's architecture and, with neutral scales, the Llama family's.
 
-Legend: B batch, T time, N = B·T tokens, D model, V vocabulary.
+Legend: B batch, T time, N = B·T tokens, D model width, C2 half the head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LOAD_BALANCE_WEIGHT = 0.01  # paper, section 6.4
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """What one batch says, as sums, so that micro-batches of unequal size add up.
+    """Summed losses of one batch: sums, so that micro-batches of unequal size add up.
 
     Divide by the number of targets of the whole batch: ``total`` (differentiable; nats, with z-loss and the
     router's losses) and ``cross_entropy`` (detached; nats).
@@ -82,7 +82,7 @@ class MiniCPM(nn.Module):
     Parameters are left uninitialised; call :meth:`init_weights` or load a checkpoint.
     """
 
-    inv_freq_D2: Tensor
+    inv_freq_C2: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -95,11 +95,11 @@ class MiniCPM(nn.Module):
             if config.tie_word_embeddings
             else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.register_buffer("inv_freq_D2", inverse_frequencies(config), persistent=False)
+        self.register_buffer("inv_freq_C2", inverse_frequencies(config), persistent=False)
 
     def reset_buffers(self) -> None:
         """Recompute the rotary frequencies, in float32, after the model was made on the meta device or cast."""
-        self.inv_freq_D2 = inverse_frequencies(self.config).to(self.embedding.weight.device)
+        self.inv_freq_C2 = inverse_frequencies(self.config).to(self.embedding.weight.device)
 
     @property
     def head_weight_VD(self) -> Tensor:
@@ -111,11 +111,11 @@ class MiniCPM(nn.Module):
         table = param_groups(self.config, embedding_rule=embedding_rule)
         generator = torch.Generator(device=self.embedding.weight.device).manual_seed(seed)
         for name, parameter in self.named_parameters():
-            rule = table[group_of(name)]
-            if rule.ones:
+            group = table[group_of(name)]
+            if group.ones:
                 nn.init.ones_(parameter)
             else:
-                nn.init.normal_(parameter, std=rule.init_std, generator=generator)
+                nn.init.normal_(parameter, std=group.init_std, generator=generator)
 
     def hidden(
         self,
@@ -130,7 +130,7 @@ class MiniCPM(nn.Module):
         Args:
             input_ids_BT: token ids.
             cu_seqlens: int32, bounds of the packed documents over the B·T tokens, starting with 0 and ending with
-                B·T; positions restart and attention stops at each. Default: every row is one document.
+                B·T; positions restart and attention stops at each. Default: every sequence is one document.
             max_seqlen: length of the longest document (default: T); only a bound for scheduling.
             cache: past keys and values; the new tokens are appended. Excludes ``cu_seqlens``.
         """
@@ -142,7 +142,7 @@ class MiniCPM(nn.Module):
     ) -> tuple[Tensor, list[Tensor]]:
         """Final states (B, T, D) and the load-balance loss of every mixture of experts."""
         if cache is not None and cu_seqlens is not None:
-            raise ValueError("a cache holds one document a row: cu_seqlens and cache exclude each other")
+            raise ValueError("a cache holds one document a sequence: cu_seqlens and cache exclude each other")
         context = self._context(input_ids_BT, cu_seqlens, max_seqlen, cache)
         # A pass over (N, D) of its own, where every layer makes dozens: a fused kernel would not pay.
         residual_ND = self.embedding(input_ids_BT.flatten()) * self.config.scale_emb
@@ -206,7 +206,7 @@ class MiniCPM(nn.Module):
         else:
             document_N = torch.bucketize(positions_N, cu_seqlens[1:], right=True)
             positions_N = positions_N - cu_seqlens[document_N]
-        cos_NC2, sin_NC2 = rope_tables(positions_N, self.inv_freq_D2)
+        cos_NC2, sin_NC2 = rope_tables(positions_N, self.inv_freq_C2)
         return Context(
             cos_NC2=cos_NC2,
             sin_NC2=sin_NC2,

@@ -1,4 +1,4 @@
-"""Conversations as tokens: the ChatML template, safe encoding and the loss mask.
+"""Conversations as token ids: messages checked, rendered and encoded safely, and the loss mask for training.
 
 A message is ``{"role": …, "content": …}``; the content is text or a list of ``{"type": "text", "text": …}`` parts.
 """
@@ -14,25 +14,13 @@ from typing import Protocol
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.chat_template import run_template
+from minicpm_edge.text.chatml import CHATML_TEMPLATE
 
 Message = Mapping[str, object]
 
-# ChatML with the beginning of text, written so that `transformers` and llama.cpp give the same string. The loop
-# over parts serves runtimes that hand a content list through; here contents are joined before.
-CHATML_TEMPLATE = (
-    "{{- bos_token }}"
-    "{%- for message in messages %}"
-    "{{- '<|im_start|>' + message['role'] + '\\n' }}"
-    "{%- if message['content'] is string %}{{- message['content'] }}"
-    "{%- else %}{%- for part in message['content'] %}{{- part['text'] }}{%- endfor %}{%- endif %}"
-    "{{- '<|im_end|>\\n' }}"
-    "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
-)
 ROLES = ("system", "user", "assistant", "tool")
-NONCHARACTERS = [
-    chr(code) for code in range(0xFDD0, 0xFDF0)
-]  # never assigned: Unicode keeps them for such marks
+# Code points that Unicode promises never to assign: they serve as marks that no message needs.
+NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 
 class ChatTokenizer(Protocol):
@@ -73,7 +61,11 @@ def render(
     bos_token: str = "<s>",
     eos_token: str = "</s>",
 ) -> str:
-    """The conversation as text. For a model use :func:`encode_chat`: this text can hold forged special tokens."""
+    """The conversation as text. For a model use :func:`encode_chat`: this text can hold forged special tokens.
+
+    Raises:
+        UserError: when a message is malformed or the template fails.
+    """
     return _render(check_messages(messages), template, add_generation_prompt, bos_token, eos_token)
 
 
@@ -91,7 +83,11 @@ def _render(
 
 
 def check_messages(messages: Sequence[Message]) -> list[dict[str, object]]:
-    """A plain copy of ``messages`` with each content joined to one string; UserError names what is wrong."""
+    """A plain copy of ``messages`` with each content joined to one string.
+
+    Raises:
+        UserError: naming the first message that is wrong, and how.
+    """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
         raise UserError("messages must be a list of {role, content} objects")
     if not messages:
@@ -129,6 +125,9 @@ def encode_chat(
     """Ids of a conversation, ready for the model to answer.
 
     Special tokens come from the template alone: what a message says, even ``<|im_end|>``, stays plain text.
+
+    Raises:
+        UserError: when a message is malformed, or the model has no chat template or one that fails.
     """
     ids: list[int] = []
     for piece, special_id, _ in _pieces(tokenizer, messages, add_generation_prompt, None):
@@ -142,26 +141,29 @@ def encode_chat_with_mask(
     *,
     encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[int], list[bool]]:
-    """Ids of a finished conversation, and for each whether the model is to learn it.
+    """Ids of a finished conversation and its loss mask: for each id, whether it counts in the loss as a target.
 
-    It learns what the assistant says and the special token that ends it. The ids are those of
-    :func:`encode_chat` without a generation prompt (for a template other than ChatML, of answers without spaces
-    around them). ``encode`` replaces ``tokenizer.encode`` by a faster one that gives the same.
+    What the assistant says counts, and the special token that ends it. The ids are those of :func:`encode_chat`
+    without a generation prompt (for a template other than ChatML, of answers without spaces around them).
+    ``encode`` replaces ``tokenizer.encode`` by a faster function that gives the same ids.
+
+    Raises:
+        UserError: as :func:`encode_chat` does.
     """
     encode = encode or tokenizer.encode
     ids: list[int] = []
     mask: list[bool] = []
-    open_turn = False  # the assistant's text has just ended, its end token is to come
+    answer_ended = False
     for piece, special_id, spans in _pieces(tokenizer, messages, False, "assistant"):
         if special_id is not None:
             ids.append(special_id)
-            mask.append(open_turn)
-            open_turn = False
+            mask.append(answer_ended)
+            answer_ended = False
             continue
         piece_ids = encode(piece)
         ids.extend(piece_ids)
-        mask.extend(_learned(tokenizer, encode, piece, piece_ids, spans))
-        open_turn = bool(spans) and spans[-1][1] == len(piece)
+        mask.extend(_span_mask(tokenizer, encode, piece, piece_ids, spans))
+        answer_ended = bool(spans) and spans[-1][1] == len(piece)
     return ids, mask
 
 
@@ -190,7 +192,7 @@ def _pieces(
     break_mark, begin_mark, end_mark = free
     pattern = _special_pattern(tuple(tokenizer.special_tokens))
 
-    # A look-alike of a special token in a message is broken by a mark, so that after rendering only the template's
+    # A mark is put into each look-alike of a special token in a message, so that after rendering only the template's
     # own special tokens are whole; then the marks go. Templates may trim a content: the marks leave its ends alone.
     def protect(value: object) -> object:
         if isinstance(value, str):
@@ -204,7 +206,8 @@ def _pieces(
         safe = {key: protect(value) for key, value in message.items()}
         if message["role"] == marked_role:
             content = str(safe["content"])
-            if template != CHATML_TEMPLATE:  # others may trim what stands between the marks
+            # Templates other than ChatML may trim what stands between the marks.
+            if template != CHATML_TEMPLATE:
                 content = content.strip()
             safe["content"] = f"{begin_mark}{content}{end_mark}"
         protected.append(safe)
@@ -232,7 +235,7 @@ def _unmark(text: str, begin_mark: str, end_mark: str) -> tuple[str, list[tuple[
     return plain, spans
 
 
-def _learned(
+def _span_mask(
     tokenizer: ChatTokenizer,
     encode: Callable[[str], list[int]],
     text: str,
@@ -240,21 +243,21 @@ def _learned(
     spans: Sequence[tuple[int, int]],
 ) -> list[bool]:
     """For each token of ``text`` whether it begins inside one of the character ranges ``spans``."""
-    learned = [False] * len(ids)
-    if len(spans) == 1 and spans[0][1] == len(
-        text
-    ):  # the usual case: an answer behind a few words of template
+    mask = [False] * len(ids)
+    # The usual case is one answer at the end, behind a few words of template.
+    if len(spans) == 1 and spans[0][1] == len(text):
         before = encode(text[: spans[0][0]])
         if ids[: len(before)] == before:
-            return [*learned[: len(before)], *[True] * (len(ids) - len(before))]
+            return [*mask[: len(before)], *[True] * (len(ids) - len(before))]
     if spans:
         sizes = [len(tokenizer.token_bytes(index)) for index in ids]
-        at = len(text.encode()) - sum(sizes)  # below zero where the tokenizer puts a space before the text
+        # Below zero where the tokenizer puts a space before the text.
+        at = len(text.encode()) - sum(sizes)
         starts = [max(0, at + size) for size in accumulate(sizes, initial=0)][: len(ids)]
         for begin, end in spans:
             first, last = (bisect_left(starts, len(text[:edge].encode())) for edge in (begin, end))
-            learned[first:last] = [True] * (last - first)
-    return learned
+            mask[first:last] = [True] * (last - first)
+    return mask
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,10 @@
 Jinja's sandbox keeps a template away from Python's internals but lets it loop, multiply strings and nest lists
 without end. Before it is compiled, a template is rewritten so that each loop turn, call, filter, operator and
 output is charged to a :class:`Budget`; functions that could make something huge in one go are not offered.
+
+The threat is a model file from a stranger: one chat message must not hang the server or fill its memory. Of the 54
+hostile templates in the tests, 31 ran past three seconds or 2 GiB in Jinja's immutable sandbox alone. A process with
+system limits would be shorter, but costs a process start for each prompt, and Windows has no such limits.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Reads a SentencePiece ``tokenizer.model`` and says the same as a `tokenizers` file; needs no sentencepiece package.
+"""Converts a SentencePiece ``tokenizer.model`` to the `tokenizers` format.
 
 The file is one protocol-buffer message (sentencepiece_model.proto of google/sentencepiece); the few fields that
-decide the ids are read here by hand.
+decide the ids are read here by hand: forty lines, where the sentencepiece package would be a compiled dependency
+of core for them, and the conversion below is needed with either.
 """
 
 from __future__ import annotations

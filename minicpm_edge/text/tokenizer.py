@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.json_file import read_json
-from minicpm_edge.text.chat import CHATML_TEMPLATE
+from minicpm_edge.text.chatml import CHATML_TEMPLATE, IM_END, IM_START
 from minicpm_edge.text.sentencepiece import convert
 
 # Llama-3's pattern, with the contractions spelt out as in llama.cpp: `(?i:'s)` would also match a long s (U+017F)
@@ -29,7 +29,8 @@ SPLIT_PATTERN = (
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-PAD, BOS, EOS, IM_START, IM_END = SPECIAL_TOKENS = ("<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>")
+PAD, BOS, EOS = "<pad>", "<s>", "</s>"
+SPECIAL_TOKENS = (PAD, BOS, EOS, IM_START, IM_END)
 MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
 MAX_VOCAB_SIZE = 1 << 20
 # A longer token would be a row of dashes or spaces that occurs in one kind of file and wastes its embedding.

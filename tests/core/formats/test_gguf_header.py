@@ -194,8 +194,8 @@ def test_structures_that_do_not_fit(change, message, edit):
         ("are the same", "tokenizer.ggml.tokens", array(STRING, text(b"a"), text(b"a"))),
         ("token_type must be", "tokenizer.ggml.token_type", array(INT32, struct.pack("<i", 1))),
         ("scores must be", "tokenizer.ggml.scores", array(BOOL, b"\1")),
-        ("kind 'rwkv'", "tokenizer.ggml.model", string("rwkv")),
-        ("kind None", "tokenizer.ggml.model", None),
+        ("model is 'rwkv'", "tokenizer.ggml.model", string("rwkv")),
+        ("model is None", "tokenizer.ggml.model", None),
         ("lacks tokens for single bytes", "tokenizer.ggml.model", string("llama")),
     ],
 )

@@ -1,4 +1,4 @@
-"""Conversations as tokens: nothing a message says becomes a special token; the mask covers what is to be learnt."""
+"""Conversations as tokens: nothing a message says becomes a special token; the loss mask covers the answers."""
 
 import json
 
@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.text.chat import CHATML_TEMPLATE, check_messages, encode_chat, encode_chat_with_mask, render
+from minicpm_edge.text.chat import check_messages, encode_chat, encode_chat_with_mask, render
+from minicpm_edge.text.chatml import CHATML_TEMPLATE
 from minicpm_edge.text.tokenizer import Tokenizer
 
 TALK = [
@@ -45,7 +46,7 @@ def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
     return Tokenizer(json.dumps(tokenizer.definition), {"chat_template": template})
 
 
-def learned_text(tokenizer, messages):
+def masked_text(tokenizer, messages):
     ids, mask = encode_chat_with_mask(tokenizer, messages)
     assert len(ids) == len(mask)
     return tokenizer.decode([index for index, keep in zip(ids, mask, strict=True) if keep], special=True)
@@ -133,22 +134,22 @@ def test_forgeries_outside_the_content_stay_text(tokenizer):
 
 
 def test_the_mask_covers_the_answers_and_their_ends(tokenizer):
-    assert learned_text(tokenizer, TALK) == "Hi, 你好!<|im_end|> So long. <|im_end|>"
+    assert masked_text(tokenizer, TALK) == "Hi, 你好!<|im_end|> So long. <|im_end|>"
     ids, _ = encode_chat_with_mask(tokenizer, TALK)
     assert ids == encode_chat(tokenizer, TALK, add_generation_prompt=False)
 
 
 def test_an_empty_answer_still_ends(tokenizer):
-    assert learned_text(tokenizer, [TALK[1], {"role": "assistant", "content": ""}]) == "<|im_end|>"
+    assert masked_text(tokenizer, [TALK[1], {"role": "assistant", "content": ""}]) == "<|im_end|>"
 
 
-def test_a_token_across_the_beginning_of_the_answer_is_not_learnt(tokenizer):
-    assert learned_text(tokenizer, [TALK[1], {"role": "assistant", "content": "\nx"}]) == "x<|im_end|>"
+def test_a_token_across_the_beginning_of_the_answer_is_outside_the_loss_mask(tokenizer):
+    assert masked_text(tokenizer, [TALK[1], {"role": "assistant", "content": "\nx"}]) == "x<|im_end|>"
 
 
 def test_masks_of_other_templates(tokenizer):
     trimming = with_template(tokenizer, TRIMMING)
-    assert learned_text(trimming, TALK) == "Hi, 你好!</s>So long.</s>"
+    assert masked_text(trimming, TALK) == "Hi, 你好!</s>So long.</s>"
     ids, _ = encode_chat_with_mask(trimming, TALK)
     assert ids == encode_chat(trimming, TALK, add_generation_prompt=False)
     plain = with_template(tokenizer, MINICPM)
@@ -156,8 +157,8 @@ def test_masks_of_other_templates(tokenizer):
     assert ids == encode_chat(plain, TALK[1:], add_generation_prompt=False)
     assert ids[0] == 1  # the template leaves it to the tokenizer
     assert tokenizer.decode(ids) == "<用户>Hello?<AI>Hi, 你好!<用户>Bye<AI>So long."
-    assert learned_text(plain, TALK[1:]).replace("\ufffd", "").startswith("Hi, ")
-    assert "用户" not in learned_text(plain, TALK[1:])
+    assert masked_text(plain, TALK[1:]).replace("\ufffd", "").startswith("Hi, ")
+    assert "用户" not in masked_text(plain, TALK[1:])
 
 
 @pytest.mark.parametrize(
