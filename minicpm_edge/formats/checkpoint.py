@@ -96,7 +96,11 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """The model config of a Hugging Face folder."""
+    """The model config of a Hugging Face folder.
+
+    Raises:
+        UserError: where config.json is missing, broken, or of a model that this decoder does not compute.
+    """
     try:
         return ModelConfig.from_dict(read_json(folder / "config.json"))
     except UserError as error:
@@ -106,7 +110,11 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def open_hf_state_dict(folder: Path) -> HFStateDict:
-    """The folder's tensors, checked against its config: every one present, in shape, and none unknown."""
+    """The folder's tensors, checked against its config: every one present, in shape, and none unknown.
+
+    Raises:
+        UserError: naming the folder and the tensor that is missing, of another shape, or unknown.
+    """
     config, tensors = read_config(folder), HFStateDict(folder)
     expected: dict[str, tuple[int, ...]] = {}
     for weight in weight_mappings(config):
@@ -130,7 +138,10 @@ def load_checkpoint(
 ) -> MiniCPM:
     """The model of a Hugging Face folder (MiniCPM, Llama family, Granite), on a device, in evaluation mode.
 
-    ``dtype`` defaults to float32. Raises :class:`UserError` where files are missing or do not fit the config.
+    ``dtype`` defaults to float32.
+
+    Raises:
+        UserError: where files are missing, unreadable or do not fit the config.
     """
     config, tensors = read_config(folder), open_hf_state_dict(folder)
     dtype = dtype or torch.float32
@@ -211,7 +222,11 @@ def save_checkpoint(
     tokenizer: Path | None = None,
     extra_files: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a whole checkpoint atomically: the model, what ``extra_files`` adds, then the manifest."""
+    """Write a whole checkpoint atomically: the model, what ``extra_files`` adds, then the manifest.
+
+    Raises:
+        OSError: where the disk is full or refuses; ``folder`` is then as it was.
+    """
     with atomic_folder(folder) as temporary:
         write_model(temporary, model, tokenizer=tokenizer)
         if extra_files is not None:
@@ -230,7 +245,11 @@ def write_manifest(folder: Path) -> None:
 
 
 def verify_manifest(folder: Path) -> None:
-    """Raise :class:`UserError` naming the first file that is missing or not the one written. No manifest: no check."""
+    """Compare every file with the manifest; a folder without one is not checked.
+
+    Raises:
+        UserError: naming the first file that is missing or not the one written.
+    """
     if not (folder / MANIFEST).is_file():
         return
     for name, entry in read_json(folder / MANIFEST).get("files", {}).items():
@@ -250,7 +269,11 @@ def sha256(file: Path) -> str:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write a safetensors file. Raises ``OSError`` where the disk is full or refuses, as Python's own writing does."""
+    """Write a safetensors file.
+
+    Raises:
+        OSError: where the disk is full or refuses, as Python's own writing does.
+    """
     try:
         save_file(dict(tensors), file, metadata={"format": "pt"})
     except SafetensorError as error:

@@ -19,7 +19,7 @@ from minicpm_edge.model.config import ModelConfig
 class KVCache:
     """Keys and values of every layer, (B, max_length, K, C) each, filled from the left.
 
-    All sequences of the batch have the same length. Raises ``ValueError`` past ``max_length``.
+    All sequences of the batch have the same length.
     """
 
     def __init__(
@@ -39,7 +39,11 @@ class KVCache:
         self.length = 0
 
     def append(self, layer: int, k_BTKC: Tensor, v_BTKC: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one layer's new keys and values; returns all of that layer's so far, (B, S, K, C)."""
+        """Store one layer's new keys and values (B, T, K, C); returns all of that layer's so far, (B, S, K, C).
+
+        Raises:
+            ValueError: past ``max_length``.
+        """
         end = self.length + k_BTKC.shape[1]
         if end > self.max_length:
             raise ValueError(f"the cache holds {self.max_length} tokens; {end} were asked for")

@@ -37,7 +37,11 @@ class RopeScaling:
 
     @staticmethod
     def from_dict(entry: Mapping[str, Any] | None) -> RopeScaling | None:
-        """Parse ``rope_scaling`` (or the newer ``rope_parameters``); None and ``default`` mean no scaling."""
+        """Parse ``rope_scaling`` (or the newer ``rope_parameters``); None and ``default`` mean no scaling.
+
+        Raises:
+            UserError: for a type of scaling that is not supported.
+        """
         if not entry:
             return None
         kind = entry.get("rope_type", entry.get("type", "default"))
@@ -56,7 +60,9 @@ class ModelConfig:
     """Shape and scales of a decoder; field names are those of MiniCPM's ``config.json``.
 
     Dense when ``num_experts`` is 0, else every feed-forward is a mixture of experts.
-    Raises :class:`UserError` on values that no model can have.
+
+    Raises:
+        UserError: on values that no model can have, naming the field.
     """
 
     vocab_size: int
@@ -141,8 +147,11 @@ class ModelConfig:
     def from_dict(entries: Mapping[str, Any]) -> ModelConfig:
         """Read a ``config.json``: MiniCPM as published, or the Llama family (Llama, Mistral, Granite).
 
-        A Llama is a MiniCPM with neutral scales. Raises :class:`UserError` for other architectures and for
-        features that this decoder does not compute (biases, sliding windows, other activations).
+        A Llama is a MiniCPM with neutral scales.
+
+        Raises:
+            UserError: for other architectures, for features that this decoder does not compute (biases, sliding
+                windows, other activations), and for missing or malformed values.
         """
         family = _family(entries)
         if entries.get("hidden_act", "silu") != "silu":

@@ -71,7 +71,11 @@ PRESETS: dict[str, ModelConfig] = {
 
 
 def preset(name: str) -> ModelConfig:
-    """The config of that name; :class:`UserError` naming the nearest preset otherwise."""
+    """The config of that name.
+
+    Raises:
+        UserError: for an unknown name; the message offers the nearest preset.
+    """
     if name not in PRESETS:
         nearest = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(PRESETS)}"

@@ -133,6 +133,9 @@ class MiniCPM(nn.Module):
                 B·T; positions restart and attention stops at each. Default: every sequence is one document.
             max_seqlen: length of the longest document (default: T); only a bound for scheduling.
             cache: past keys and values; the new tokens are appended. Excludes ``cu_seqlens``.
+
+        Raises:
+            ValueError: for a cache together with ``cu_seqlens``, or one with too little room.
         """
         hidden_BTD, _ = self._decode(input_ids_BT, cu_seqlens, max_seqlen, cache)
         return hidden_BTD
@@ -161,7 +164,7 @@ class MiniCPM(nn.Module):
     def forward(
         self, input_ids_BT: Tensor, *, cu_seqlens: Tensor | None = None, cache: KVCache | None = None
     ) -> Tensor:
-        """Logits (B, T, V) in float32; arguments as for :meth:`hidden`."""
+        """Logits (B, T, V) in float32; arguments and errors as for :meth:`hidden`."""
         return self.logits(self.hidden(input_ids_BT, cu_seqlens=cu_seqlens, cache=cache))
 
     def logits(self, hidden_BTD: Tensor) -> Tensor:

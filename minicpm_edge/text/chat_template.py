@@ -28,8 +28,10 @@ from jinja2.utils import Namespace
 
 from minicpm_edge.errors import UserError
 
-MAX_SOURCE = 64 << 10  # characters; the longest published templates have about 20,000
-MAX_WORK = 128 << 20  # bytes of text and lists made while one template runs, roughly
+# Characters; the longest templates in use have about 20,000.
+MAX_SOURCE = 64 << 10
+# Bytes of text and lists made while one template runs, roughly.
+MAX_WORK = 128 << 20
 MAX_SECONDS = 2.0
 MAX_INTEGER_BITS = 256
 MAX_INDENT = 64
@@ -342,7 +344,8 @@ def _compile(source: str) -> Template:
 def run_template(source: str, variables: Mapping[str, object]) -> str:
     """The text that template ``source`` makes of ``variables``, within the caps at the head of this file.
 
-    Raises UserError when the template is broken, asks for more than it may, or calls ``raise_exception``.
+    Raises:
+        UserError: when the template is broken, asks for more than it may, or calls ``raise_exception``.
     """
     template = _compile(source)
     try:

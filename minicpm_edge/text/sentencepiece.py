@@ -77,12 +77,20 @@ def _piece(message: bytes) -> Piece:
 
 
 def read_pieces(content: bytes) -> list[Piece]:
-    """All tokens of a ``tokenizer.model`` by id; raises ValueError for something else."""
+    """All tokens of a ``tokenizer.model`` by id.
+
+    Raises:
+        ValueError: for something else.
+    """
     return [_piece(value) for number, value in _fields(content) if number == 1]
 
 
 def convert(content: bytes, path: Path) -> tuple[str, dict[str, Any]]:
-    """(tokenizer.json text, tokenizer_config.json content) that give the ids of SentencePiece file ``content``."""
+    """(tokenizer.json text, tokenizer_config.json content) that give the ids of SentencePiece file ``content``.
+
+    Raises:
+        UserError: naming ``path``, when it is not a SentencePiece model of type BPE or unigram.
+    """
     try:
         sections: dict[int, Any] = {number: value for number, value in _fields(content) if number != 1}
         pieces = read_pieces(content)

@@ -79,7 +79,8 @@ class Tokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int) -> Tokenizer:
         """Learn ``vocab_size`` tokens (special tokens and the 256 bytes included) from ``texts``.
 
-        Raises UserError when ``vocab_size`` is out of range or more than the texts can give.
+        Raises:
+            UserError: when ``vocab_size`` is out of range or more than the texts can give.
         """
         if not MIN_VOCAB_SIZE < vocab_size <= MAX_VOCAB_SIZE:
             raise UserError(
@@ -118,7 +119,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> Tokenizer:
-        """Read a folder, a ``tokenizer.json`` or a SentencePiece ``tokenizer.model``."""
+        """Read a folder, a ``tokenizer.json`` or a SentencePiece ``tokenizer.model``.
+
+        Raises:
+            UserError: naming the path, where there is no tokenizer or a broken one.
+        """
         path = Path(path)
         if not path.exists():
             raise UserError(f"no tokenizer at {path}: the path does not exist")
@@ -188,7 +193,11 @@ class Tokenizer:
         return text.removeprefix(" ") if self.adds_space and ids else text
 
     def token_bytes(self, index: int, *, special: bool = False) -> bytes:
-        """The bytes that token ``index`` stands for: what a stream appends. Special tokens are empty by default."""
+        """The bytes that token ``index`` stands for: what a stream appends. Special tokens are empty by default.
+
+        Raises:
+            UserError: for an id outside the vocabulary.
+        """
         if index in self._special_ids and not special:
             return b""
         if not 0 <= index < len(self._bytes):
