@@ -1,8 +1,8 @@
-"""What every export type costs: size, time to write, and the certificate's figures.
+"""What every export type costs: size, time to write, and how far its predictions are from the model's.
 
     python export/benchmarks/cost.py MODEL [--text FILE] [--note "what the model is"]
 
-Writes results/cost.json and from it the table in the README. An export that fails its certificate ends the benchmark.
+Writes results/cost.json and from it the table in the README. An export that fails its verification ends the benchmark.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 from minicpm_export.cli import GGUF_TYPES, ONNX_TYPES
-from minicpm_export.gguf.job import export_gguf
-from minicpm_export.onnx.job import export_onnx
-from minicpm_export.request import Request
+from minicpm_export.format import Format
+from minicpm_export.gguf.format import GGUF
+from minicpm_export.onnx.format import ONNX
+from minicpm_export.pipeline import export
+from minicpm_export.source import Source
 from minicpm_export.verify.certificate import Certificate
+from minicpm_export.verify.compare import VERIFYING
 
 from minicpm_edge.formats.checkpoint import read_config
 from minicpm_edge.formats.resolve import resolve_model
@@ -31,22 +33,20 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- cost.py writes from here -->", "<!-- to here -->"
 
 
-def measure(request: Request, folder: Path) -> list[dict]:
-    """One row for each type; the seconds are from the start to the first window of the certificate."""
+def measure(source: Source, folder: Path) -> list[dict]:
+    """One row for each type; the seconds are from the start to the first window that is compared."""
+    forms: list[tuple[str, Format]] = [("GGUF", GGUF(quant=quant)) for quant in GGUF_TYPES]
+    forms += [("ONNX", ONNX(quants=(quant,))) for quant in ONNX_TYPES]
     rows = []
-    for quant in (*GGUF_TYPES, *ONNX_TYPES):
+    for number, (name, form) in enumerate(forms):
         begun, written = time.perf_counter(), []
 
         def report(status: str, written: list[float] = written) -> None:
-            if status.startswith("certificate") and not written:
+            if status.startswith(VERIFYING) and not written:
                 written.append(time.perf_counter())
 
-        asked = replace(request, report=report)
-        if quant in GGUF_TYPES and len(rows) < len(GGUF_TYPES):
-            form, made = "GGUF", export_gguf(asked, folder / f"{quant}.gguf", quant)
-        else:
-            form, (made,) = "ONNX", export_onnx(asked, folder / f"onnx-{quant}", (quant,))
-        rows.append(row(form, made, written[0] - begun))
+        [made] = export(form, source, folder / f"{number}{'' if form.is_folder else '.gguf'}", report=report)
+        rows.append(row(name, made, written[0] - begun))
         print(line(rows[-1]), flush=True)
     return rows
 
@@ -93,10 +93,10 @@ def main() -> None:
     parser.add_argument("--note", default="")
     arguments = parser.parse_args()
     found = resolve_model(arguments.model)
-    request = Request(folder=found.path, name=found.name, run=found.run, text=arguments.text)
+    source = Source(folder=found.path, name=found.name, run=found.run, text=arguments.text)
     print(HEAD)
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(request, Path(folder))
+        rows = measure(source, Path(folder))
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,16 +15,46 @@ from minicpm_edge.errors import UserError
 from minicpm_edge.formats.resolve import ModelRef, resolve_model
 
 if TYPE_CHECKING:
-    from minicpm_export.request import Request
+    from minicpm_export.format import Format
     from minicpm_export.verify.certificate import Certificate
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0")
 ONNX_TYPES = ("F32", "INT8")
-# form → the types it comes in, the default first; HF keeps the weights as they are
-QUANTS: Mapping[str, tuple[str, ...]] = {
-    "gguf": ("Q4_K_M", *GGUF_TYPES),
-    "onnx": ("", *ONNX_TYPES),
-    "hf": ("",),
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatOption:
+    """A format as the command line offers it: nothing heavy is imported before it is chosen."""
+
+    help: str
+    quants: tuple[str, ...]
+    """The types to choose from; none where the weights stay as they are."""
+    make: Callable[[str | None, str], Format]
+    """(type asked for or None, architecture) → the format."""
+
+
+def _gguf(quant: str | None, architecture: str) -> Format:
+    from minicpm_export.gguf.format import GGUF
+
+    return GGUF(quant=quant or "Q4_K_M")
+
+
+def _onnx(quant: str | None, architecture: str) -> Format:
+    from minicpm_export.onnx.format import ONNX
+
+    return ONNX(quants=(quant,) if quant else ONNX_TYPES)
+
+
+def _huggingface(quant: str | None, architecture: str) -> Format:
+    from minicpm_export.hf.format import HuggingFace
+
+    return HuggingFace(architecture=architecture)
+
+
+FORMATS: Mapping[str, FormatOption] = {
+    "gguf": FormatOption(help="one file for llama.cpp", quants=GGUF_TYPES, make=_gguf),
+    "onnx": FormatOption(help="a folder for ONNX Runtime and the web", quants=ONNX_TYPES, make=_onnx),
+    "hf": FormatOption(help="a folder with the Hugging Face tensor names", quants=(), make=_huggingface),
 }
 
 
@@ -35,23 +66,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a run, a checkpoint or a Hugging Face folder (default: the newest run under ./runs)",
     )
     form = parser.add_mutually_exclusive_group(required=True)
-    form.add_argument(
-        "--gguf", dest="form", action="store_const", const="gguf", help="one file for llama.cpp"
-    )
-    form.add_argument(
-        "--onnx",
-        dest="form",
-        action="store_const",
-        const="onnx",
-        help="a folder for ONNX Runtime and the web",
-    )
-    form.add_argument(
-        "--hf",
-        dest="form",
-        action="store_const",
-        const="hf",
-        help="a folder with the Hugging Face tensor names",
-    )
+    for name, option in FORMATS.items():
+        form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=option.help)
     parser.add_argument(
         "--quant",
         type=str.upper,
@@ -79,7 +95,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    quant = _quant(arguments.form, arguments.quant)
+    option = FORMATS[arguments.form]
+    _check_quant(arguments.form, arguments.quant)
     if arguments.architecture != "minicpm" and arguments.form != "hf":
         raise UserError("--architecture goes with --hf; the other forms have one name each")
     found = resolve_model(arguments.model)
@@ -87,69 +104,42 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"{found.path} is {found.kind.upper()} already: export from the run or checkpoint it was made from"
         )
-    return _export(found, arguments, quant)
+    return _export(found, arguments, option.make(arguments.quant, arguments.architecture))
 
 
-def _quant(form: str, asked: str | None) -> str:
-    known = QUANTS[form]
-    if asked is None:
-        return known[0]
-    if asked not in known:
-        choice = ", ".join(dict.fromkeys(name for name in known if name))
-        remedy = (
-            f"--{form} comes in {choice}"
-            if choice
-            else "--hf keeps the weights as they are; leave --quant out"
-        )
-        raise UserError(f"--quant {asked} is not known here; {remedy}")
-    return asked
+def _check_quant(name: str, asked: str | None) -> None:
+    known = FORMATS[name].quants
+    if asked is None or asked in known:
+        return
+    remedy = (
+        f"--{name} comes in {', '.join(known)}"
+        if known
+        else f"--{name} keeps the weights as they are; leave --quant out"
+    )
+    raise UserError(f"--quant {asked} is not known here; {remedy}")
 
 
-def _export(found: ModelRef, arguments: argparse.Namespace, quant: str) -> int:
-    from minicpm_export.request import Request
+def _export(found: ModelRef, arguments: argparse.Namespace, form: Format) -> int:
+    from minicpm_export.destination import choose_destination
+    from minicpm_export.pipeline import export
+    from minicpm_export.source import Source
     from minicpm_export.verify.certificate import table
 
+    out = choose_destination(form, arguments.out, model=found.name, run=found.run, force=arguments.force)
+    source = Source(folder=found.path, name=found.name, run=found.run, text=arguments.text)
     with Progress() as progress:
 
-        def show(certificate: Certificate) -> None:
+        def show(made: Certificate) -> None:
             if not arguments.json:
                 progress.finish()
-                print(f"{certificate.file}\n{table(certificate)}\n")
+                print(f"{made.file}\n{table(made)}\n")
 
-        request = Request(
-            folder=found.path,
-            name=found.name,
-            run=found.run,
-            text=arguments.text,
-            report=progress.update,
-            show=show,
-        )
-        out, certificates = _write(request, arguments, quant)
+        certificates = export(form, source, out, report=progress.update, show=show)
     if arguments.json:
         print(json.dumps({"path": str(out), "certificates": [made.to_dict() for made in certificates]}))
     else:
         print(f"wrote {out}")
     return 0
-
-
-def _write(request: Request, arguments: argparse.Namespace, quant: str) -> tuple[Path, list[Certificate]]:
-    from minicpm_export.destination import check_file, check_folder, folder_path, gguf_path
-
-    if arguments.form == "gguf":
-        from minicpm_export.gguf.job import export_gguf
-
-        out = gguf_path(arguments.out, name=request.name, quant=quant, run=request.run)
-        check_file(out, force=arguments.force)
-        return out, [export_gguf(request, out, quant)]
-    out = folder_path(arguments.out, name=request.name, kind=arguments.form, run=request.run)
-    check_folder(out, force=arguments.force)
-    if arguments.form == "hf":
-        from minicpm_export.hf.job import export_huggingface
-
-        return out, [export_huggingface(request, out, architecture=arguments.architecture)]
-    from minicpm_export.onnx.job import export_onnx
-
-    return out, export_onnx(request, out, (quant,) if quant else ONNX_TYPES)
 
 
 EXPORT = Command(

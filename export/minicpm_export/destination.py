@@ -7,36 +7,48 @@ import shutil
 from pathlib import Path
 
 from minicpm_edge.errors import UserError
-from minicpm_export.verify.certificate import FILE_NAME, Certificate, read, write
+from minicpm_export.format import Format
+from minicpm_export.verify import certificate
+from minicpm_export.verify.certificate import Certificate
 
 # Written early in every GGUF of ours: only those are replaced without being asked.
 MADE_BY_KEY = "minicpm_edge.version"
 HEAD_BYTES = 1 << 16
 
 
-def gguf_path(out: Path | None, *, name: str, quant: str, run: Path | None) -> Path:
-    """The file to write: ``out`` itself, a file in the folder ``out``, or by default one in the run's ``exports``."""
-    file = f"{name}-{quant}.gguf"
+def choose_destination(
+    form: Format, out: Path | None, *, model: str, run: Path | None, force: bool = False
+) -> Path:
+    """The file or folder to write.
+
+    Args:
+        form: the format, which knows the usual name.
+        out: what the user asks for, if anything: the place itself, or for a single file a folder to write it in.
+        model: the model's name.
+        run: the run it belongs to, whose folder ``exports`` is the place unless ``out`` names another.
+        force: whether the user agrees to lose what is there.
+
+    Raises:
+        UserError: where writing would destroy something that is not an export of ours. Even ``force`` replaces
+            no folder but those that hold a model.
+    """
+    name = form.file_name(model)
     if out is None:
-        return _exports(run) / file
-    if out.is_dir():
-        return out / file
-    if out.suffix != ".gguf":
-        raise UserError(f"{out}: the name of a GGUF must end in .gguf, or be a folder that exists")
+        out = (run / "exports" if run is not None else Path()) / name
+    elif not form.is_folder and out.is_dir():
+        out /= name
+    elif not form.is_folder and out.suffix != Path(name).suffix:
+        raise UserError(
+            f"--out {out}: the file's name must end in {Path(name).suffix}, or be a folder that exists"
+        )
+    if form.is_folder:
+        _check_folder(out, force=force)
+    else:
+        _check_file(out, force=force)
     return out
 
 
-def folder_path(out: Path | None, *, name: str, kind: str, run: Path | None) -> Path:
-    """The folder to write: ``out``, or by default one in the run's ``exports``."""
-    return out if out is not None else _exports(run) / f"{name}-{kind}"
-
-
-def _exports(run: Path | None) -> Path:
-    return run / "exports" if run is not None else Path()
-
-
-def check_file(path: Path, *, force: bool) -> None:
-    """Raise :class:`UserError` where writing ``path`` would destroy something that is not an export of ours."""
+def _check_file(path: Path, *, force: bool) -> None:
     if path.is_dir():
         raise UserError(f"{path} is a folder; choose another --out")
     if path.exists() and not force and not _is_our_gguf(path):
@@ -45,8 +57,7 @@ def check_file(path: Path, *, force: bool) -> None:
         )
 
 
-def check_folder(path: Path, *, force: bool) -> None:
-    """The same for a folder. Even ``force`` replaces only folders that hold a model."""
+def _check_folder(path: Path, *, force: bool) -> None:
     if not path.exists():
         return
     if not path.is_dir():
@@ -70,22 +81,20 @@ def _is_our_gguf(path: Path) -> bool:
 
 def _is_our_folder(path: Path) -> bool:
     """Whether the folder's certificates name every file in it."""
-    listed = {FILE_NAME}
-    for entry in read(path)["certificates"].values():
-        listed.update(entry["sha256"])
-    present = {file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file()}
-    return len(listed) > 1 and present <= listed
+    return bool(certificate.read(path)["certificates"]) and not certificate.unlisted_files(path)
 
 
-def rejected(temporary: Path, out: Path, failed: Certificate) -> UserError:
-    """Put an export that failed its certificate aside, beside ``out``, and say so; an earlier ``out`` is untouched."""
+def set_aside(temporary: Path, out: Path, failed: Certificate) -> UserError:
+    """Keep an export that failed its verification beside ``out``, which stays as it is; returns the error to raise.
+
+    The file or folder ``temporary`` is renamed to ``NAME.rejected.gguf`` or ``NAME.rejected``; an earlier one of that
+    name goes.
+    """
     aside = out.with_name(f"{out.stem}.rejected{out.suffix}")
     if aside.is_dir():
         shutil.rmtree(aside)
     temporary.replace(aside)
     if aside.is_file():
         hashes = {aside.name: failed.sha256[failed.file]}
-        write(aside.parent, dataclasses.replace(failed, file=aside.name, sha256=hashes))
-    return UserError(
-        f"the export is not the model: {'; '.join(failed.failures)}; it was put aside as {aside}"
-    )
+        certificate.write(aside.parent, dataclasses.replace(failed, file=aside.name, sha256=hashes))
+    return UserError(f"export failed verification: {'; '.join(failed.failures)}; kept at {aside}")

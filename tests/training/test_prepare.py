@@ -20,14 +20,14 @@ from minicpm_edge.errors import UserError
 from minicpm_edge.text.chat import encode_chat_with_mask
 from minicpm_edge.text.tokenizer import Tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
-NASTY = [
+GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer_edge_cases.json"
+TOKENIZER_EDGE_CASES = [
     entry["text"] * entry.get("repeat", 1) + entry.get("then", "")
     for entry in json.loads(GOLDEN.read_text(encoding="utf-8"))
 ]
 CHAT = [{"role": "user", "content": "How are you?"}, {"role": "assistant", "content": "I am fine."}]
 TOKENIZER = Tokenizer.train(
-    [*NASTY, *map(str, range(3000)), "the quick brown fox jumps over the dog " * 3], 700
+    [*TOKENIZER_EDGE_CASES, *map(str, range(3000)), "the quick brown fox jumps over the dog " * 3], 700
 )
 
 
@@ -53,8 +53,8 @@ def documents_of(tokens: TokenSet) -> list[list[int]]:
 
 
 def test_the_set_holds_exactly_the_tokenizers_ids(tmp_path, vocabulary):
-    texts = [text for text in NASTY if text.strip()]
-    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in NASTY])
+    texts = [text for text in TOKENIZER_EDGE_CASES if text.strip()]
+    source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TOKENIZER_EDGE_CASES])
     manifest = prepare([source], tokenizer=vocabulary, out=tmp_path / "set")
     tokens = TokenSet.open(tmp_path / "set")
     assert documents_of(tokens) == [[1, *TOKENIZER.encode(text), 2] for text in texts]
@@ -63,7 +63,7 @@ def test_the_set_holds_exactly_the_tokenizers_ids(tmp_path, vocabulary):
     assert manifest["num_tokens"] == tokens.num_tokens
     assert manifest["num_documents"] == len(texts)
     assert manifest["tokenizer_sha256"] == TOKENIZER.sha256
-    assert manifest["sources"][0]["skipped"] == {"empty": len(NASTY) - len(texts)}
+    assert manifest["sources"][0]["skipped"] == {"empty": len(TOKENIZER_EDGE_CASES) - len(texts)}
 
 
 def test_chats_have_a_mask_and_texts_beside_them_count_whole(tmp_path, vocabulary):
@@ -83,7 +83,10 @@ def test_chats_have_a_mask_and_texts_beside_them_count_whole(tmp_path, vocabular
 
 def test_the_number_of_workers_changes_nothing(tmp_path, vocabulary, monkeypatch):
     monkeypatch.setattr("minicpm_training.data.sources.CHUNK_BYTES", 50_000)  # some twenty chunks
-    rows = [{"text": f"row {number} " + NASTY[number % len(NASTY)][:3000]} for number in range(3000)]
+    rows = [
+        {"text": f"row {number} " + TOKENIZER_EDGE_CASES[number % len(TOKENIZER_EDGE_CASES)][:3000]}
+        for number in range(3000)
+    ]
     rows[700] = {"messages": CHAT}
     rows[800] = {"nothing": 1}
     source = write_lines(tmp_path / "a.jsonl", rows)
@@ -165,9 +168,11 @@ def test_the_encoder_looks_words_up():
     assert ENCODER._splits_words
 
 
-@pytest.mark.parametrize("index", range(len(NASTY)))
+@pytest.mark.parametrize("index", range(len(TOKENIZER_EDGE_CASES)))
 def test_the_encoder_gives_the_tokenizers_ids(index):
-    assert ENCODER.encode(NASTY[index]).tolist() == TOKENIZER.encode(NASTY[index])
+    assert ENCODER.encode(TOKENIZER_EDGE_CASES[index]).tolist() == TOKENIZER.encode(
+        TOKENIZER_EDGE_CASES[index]
+    )
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

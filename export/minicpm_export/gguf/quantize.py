@@ -10,8 +10,8 @@ import llama_cpp
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from minicpm_edge.errors import UserError
+from minicpm_export.gguf.llama_log import quiet_log
 from minicpm_export.threads import num_threads
-from minicpm_export.verify.llama_runtime import quiet_log
 
 QUANTISED_TYPES: Mapping[str, LlamaFileType] = {
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,

@@ -97,7 +97,7 @@ _EXPERTS: tuple[Row, ...] = (  # {} is the expert's number: one source an expert
 )
 
 
-def keys(config: ModelConfig) -> Iterator[tuple[str, GGUFValueType, Any]]:
+def architecture_keys(config: ModelConfig) -> Iterator[tuple[str, GGUFValueType, Any]]:
     """Every architecture key of this model, with its full name."""
     for name, kind, read in KEYS:
         value = read(config)
@@ -105,7 +105,7 @@ def keys(config: ModelConfig) -> Iterator[tuple[str, GGUFValueType, Any]]:
             yield f"{ARCHITECTURE}.{name}", kind, value
 
 
-def tensors(config: ModelConfig) -> Iterator[TensorSpec]:
+def tensor_specs(config: ModelConfig) -> Iterator[TensorSpec]:
     """Every tensor of this model that comes from the checkpoint, in file order."""
     for row in _TOP:
         if row[0] != "output" or not config.tie_word_embeddings:

@@ -41,7 +41,7 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
 
 
-def entries(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]:
+def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]:
     """Every ``tokenizer.*`` key. :class:`UserError` for a tokenizer that llama.cpp would read differently."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(

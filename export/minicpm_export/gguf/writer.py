@@ -23,9 +23,15 @@ from minicpm_edge.formats.checkpoint import HFStateDict, LazyTensor, open_hf_sta
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.destination import MADE_BY_KEY
-from minicpm_export.gguf import tensor_map as gguf_map
-from minicpm_export.gguf import tokenizer as gguf_tokenizer
-from minicpm_export.gguf.tensor_map import TensorSpec
+from minicpm_export.gguf.tensor_map import (
+    ARCHITECTURE,
+    TensorSpec,
+    architecture_keys,
+    frequency_factors,
+    rotary_order,
+    tensor_specs,
+)
+from minicpm_export.gguf.tokenizer import tokenizer_keys
 
 CHUNK_BYTES = 2 << 20
 ALIGNMENT = 32
@@ -54,9 +60,9 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
     if sys.byteorder == "big":
         raise UserError("GGUF files are written on little-endian machines only")
     config, tensors, tokenizer = read_config(folder), open_hf_state_dict(folder), Tokenizer.load(folder)
-    specs = list(gguf_map.tensors(config))
-    factors = gguf_map.frequency_factors(config)
-    writer = GGUFWriter(out, gguf_map.ARCHITECTURE)
+    specs = list(tensor_specs(config))
+    factors = frequency_factors(config)
+    writer = GGUFWriter(out, ARCHITECTURE)
     try:
         _add_keys(writer, config, tokenizer, quant=quant, name=name)
         for spec in specs:
@@ -84,7 +90,7 @@ def _add_keys(
     writer.add_file_type(FLOAT_TYPES[quant][0])
     writer.add_quantization_version(2)
     writer.add_key_value(MADE_BY_KEY, version("minicpm-edge"), GGUFValueType.STRING)
-    for key, kind, value in (*gguf_map.keys(config), *gguf_tokenizer.entries(tokenizer, config)):
+    for key, kind, value in (*architecture_keys(config), *tokenizer_keys(tokenizer, config)):
         writer.add_key_value(key, value, kind)
 
 
@@ -104,7 +110,7 @@ def _torch_type(spec: TensorSpec, quant: str) -> torch.dtype:
 def _pieces(
     spec: TensorSpec, tensors: HFStateDict, config: ModelConfig, dtype: torch.dtype
 ) -> Iterator[NDArray[np.generic]]:
-    order = gguf_map.rotary_order(spec.heads, config.head_dim) if spec.heads else None
+    order = rotary_order(spec.heads, config.head_dim) if spec.heads else None
     for source in spec.sources:
         yield from _rows(tensors[source], order, dtype)
 

@@ -17,14 +17,14 @@ GRANITE_KEYS: Mapping[str, Callable[[ModelConfig], float]] = {
 MINICPM_KEYS = ("scale_emb", "scale_depth", "dim_model_base", "num_experts", "num_experts_per_tok")
 
 
-def granite(config: ModelConfig) -> dict[str, object]:
+def granite_config(config: ModelConfig) -> dict[str, object]:
     """The config.json of the Granite model that computes the same as this dense one."""
     entries = {key: value for key, value in config.to_dict().items() if key not in MINICPM_KEYS}
     entries.update({key: read(config) for key, read in GRANITE_KEYS.items()})
     return {**entries, "architectures": ["GraniteForCausalLM"], "model_type": "granite"}
 
 
-def generation(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
+def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
     """generation_config.json: an answer ends at the end of the text or of the turn."""
     entries: dict[str, object] = {
         "bos_token_id": config.bos_token_id,

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.tokenizer import MIN_VOCAB_SIZE, SPECIAL_TOKENS, Tokenizer
 
-GOLDEN = Path(__file__).parents[2] / "golden" / "nasty_strings.json"
-NASTY = {
+GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer_edge_cases.json"
+TOKENIZER_EDGE_CASES = {
     entry["name"]: entry["text"] * entry.get("repeat", 1) + entry.get("then", "")
     for entry in json.loads(GOLDEN.read_text(encoding="utf-8"))
 }
 CODE = [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parents[1].rglob("*.py"))]
-TEXTS = [*CODE, *NASTY.values()]
+TEXTS = [*CODE, *TOKENIZER_EDGE_CASES.values()]
 
 
 @lru_cache(maxsize=1)
@@ -45,9 +45,9 @@ def test_the_vocabulary_has_every_byte_and_the_size_asked_for(tokenizer):
     assert {tokenizer.token_bytes(index) for index in range(5, 900)} >= {bytes([byte]) for byte in range(256)}
 
 
-@pytest.mark.parametrize("name", NASTY)
-def test_every_nasty_string_comes_back(tokenizer, name):
-    text = NASTY[name]
+@pytest.mark.parametrize("name", TOKENIZER_EDGE_CASES)
+def test_every_edge_case_comes_back(tokenizer, name):
+    text = TOKENIZER_EDGE_CASES[name]
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
@@ -70,7 +70,7 @@ def test_special_tokens_are_read_only_where_asked_for(tokenizer):
 
 
 def test_batches_and_single_texts_give_the_same_ids(tokenizer):
-    texts = list(NASTY.values())
+    texts = list(TOKENIZER_EDGE_CASES.values())
     assert tokenizer.encode_batch(texts) == [tokenizer.encode(text) for text in texts]
     assert tokenizer.encode("a", bos=True) == [1, *tokenizer.encode("a")]
 
@@ -168,7 +168,7 @@ def test_transformers_agrees(tokenizer, tmp_path):
     tokenizer.save(tmp_path)
     other = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert (other.bos_token_id, other.eos_token_id, other.pad_token_id) == (1, 2, 0)
-    for text in NASTY.values():
+    for text in TOKENIZER_EDGE_CASES.values():
         assert other.encode(text, add_special_tokens=False) == tokenizer.encode(text, special=True)
         assert other.decode(other.encode(text, add_special_tokens=False)) == text
     assert other("hi")["input_ids"] == tokenizer.encode("hi", bos=True)

@@ -8,9 +8,7 @@ import sys
 import time
 
 import pytest
-from minicpm_export.gguf import job as gguf_job
-from minicpm_export.hf import job as huggingface
-from minicpm_export.onnx import job as onnx_job
+from minicpm_export import pipeline
 
 from minicpm_edge.cli.main import main
 
@@ -78,8 +76,7 @@ def test_a_failure_leaves_the_old_export(form, failure, model, tmp_path, monkeyp
     def fail(*arguments, **settings):
         raise failure
 
-    for module in (gguf_job, huggingface, onnx_job):  # the last step: everything is written by then
-        monkeypatch.setattr(module, "compare", fail)
+    monkeypatch.setattr(pipeline, "compare", fail)  # the last step: everything is written by then
     assert main(command) == (130 if isinstance(failure, KeyboardInterrupt) else 1)
     assert content(tmp_path) == before
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import torch
-from minicpm_export.hf.job import export_huggingface
-from minicpm_export.request import Request
+from minicpm_export.hf import format as hf_format
+from minicpm_export.hf.format import HuggingFace
+from minicpm_export.pipeline import export
+from minicpm_export.source import Source
 from minicpm_export.verify import certificate
 
 from minicpm_edge.errors import UserError
@@ -23,7 +25,7 @@ def test_it_loads_back_equal_to_the_bit(changes, dtype, make_model, tmp_path):
         model = load_checkpoint(source, dtype=dtype)
         source = tmp_path / "source"
         save_checkpoint(source, model, tokenizer=make_model(**changes))
-    made = export_huggingface(Request(folder=source, name="m"), tmp_path / "out")
+    [made] = export(HuggingFace(), Source(folder=source, name="m"), tmp_path / "out")
     assert made.passed and made.checks[0].measures.max_logit_difference == 0.0
     ours, theirs = open_hf_state_dict(source), open_hf_state_dict(tmp_path / "out")
     assert list(ours) == list(theirs)
@@ -36,7 +38,7 @@ def test_it_loads_back_equal_to_the_bit(changes, dtype, make_model, tmp_path):
 
 
 def test_the_folder_is_complete_and_says_what_it_is(make_model, tmp_path):
-    made = export_huggingface(Request(folder=make_model(), name="m"), tmp_path / "out")
+    [made] = export(HuggingFace(), Source(folder=make_model(), name="m"), tmp_path / "out")
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert names == {
         "certificate.json", "config.json", "generation_config.json", "model.safetensors",
@@ -57,15 +59,27 @@ def test_sharded_folders_are_copied_whole(make_model, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "source", load_checkpoint(make_model()), tokenizer=make_model())
     shards = sorted(file.name for file in (tmp_path / "source").glob("*.safetensors"))
     assert len(shards) > 2
-    made = export_huggingface(Request(folder=tmp_path / "source", name="m"), tmp_path / "out")
+    [made] = export(HuggingFace(), Source(folder=tmp_path / "source", name="m"), tmp_path / "out")
     assert made.passed
     assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
+
+
+def test_a_damaged_copy_is_caught(make_model, tmp_path, monkeypatch):
+    def flip_one_bit(source, target):
+        data = bytearray(source.read_bytes())
+        data[-5] ^= 1
+        target.write_bytes(data)
+
+    monkeypatch.setattr(hf_format.shutil, "copyfile", flip_one_bit)
+    with pytest.raises(UserError, match="differs"):
+        export(HuggingFace(), Source(folder=make_model(), name="m"), tmp_path / "m")
+    assert (tmp_path / "m.rejected").is_dir() and not (tmp_path / "m").exists()
 
 
 def test_transformers_computes_the_same_from_the_granite_folder(make_model, token_ids, tmp_path):
     transformers = pytest.importorskip("transformers")
     source = make_model(tie_word_embeddings=False)
-    export_huggingface(Request(folder=source, name="m"), tmp_path / "out", architecture="granite")
+    export(HuggingFace(architecture="granite"), Source(folder=source, name="m"), tmp_path / "out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     assert type(model).__name__ == "GraniteForCausalLM"
     ids = torch.tensor([token_ids])
@@ -80,5 +94,5 @@ def test_transformers_computes_the_same_from_the_granite_folder(make_model, toke
 def test_a_mixture_has_no_granite_form(make_model, tmp_path):
     source = make_model(num_experts=4, num_experts_per_tok=2)
     with pytest.raises(UserError, match="Granite"):
-        export_huggingface(Request(folder=source, name="m"), tmp_path / "out", architecture="granite")
+        export(HuggingFace(architecture="granite"), Source(folder=source, name="m"), tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""From a Hugging Face folder to a certified ONNX folder that three runtimes load as it is.
+"""An ONNX folder that three runtimes load as it is.
 
 ``onnx/model.onnx`` (fp32) and ``onnx/model_quantized.onnx`` (int8) are where transformers.js looks, beside the
 ``config.json`` and tokenizer of a hub repository; ``genai_config.json`` points onnxruntime-genai to the same file.
@@ -6,27 +6,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import ClassVar
 
 import onnx
 
-from minicpm_edge.atomic import atomic_folder
-from minicpm_edge.formats.checkpoint import open_hf_state_dict, read_config
 from minicpm_edge.json_file import write_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import PAD, Tokenizer
-from minicpm_export.destination import rejected
-from minicpm_export.hf import config as hf_config
-from minicpm_export.onnx import graph as onnx_graph
+from minicpm_export.format import ExportedFile, ReadBack
+from minicpm_export.hf.config import generation_config, granite_config
+from minicpm_export.onnx.graph import build
+from minicpm_export.onnx.runtime import OrtRuntime
 from minicpm_export.onnx.weights import MAX_INLINE_BYTES, Initializers
-from minicpm_export.request import Request
-from minicpm_export.verify import certificate
-from minicpm_export.verify.certificate import THRESHOLDS, Certificate, Check, Runtime, compare, hashes
-from minicpm_export.verify.ort_runtime import OrtRuntime
-from minicpm_export.verify.torch_runtime import TorchRuntime
-from minicpm_export.verify.windows import HeldOut, held_out
+from minicpm_export.source import Source
+from minicpm_export.verify.compare import THRESHOLDS
 
 # type → the file's name, as transformers.js derives it from its `dtype` option (fp32, q8), and bytes a weight
 FILES: Mapping[str, tuple[str, float]] = {
@@ -35,58 +33,75 @@ FILES: Mapping[str, tuple[str, float]] = {
 }
 
 
-def export_onnx(request: Request, out: Path, quants: Sequence[str]) -> list[Certificate]:
-    """Write the folder ``out`` with a graph in each of ``quants``, each with its certificate.
+@dataclass(frozen=True, kw_only=True)
+class ONNX:
+    """A folder with a graph of each type in ``quants`` (F32, INT8)."""
 
-    Raises:
-        UserError: for a model that has no ONNX form, and for an export that fails its certificate.
-    """
-    folder, config, tokenizer = request.folder, read_config(request.folder), Tokenizer.load(request.folder)
-    text = held_out(tokenizer, config, text=request.text, run=request.run)
-    made: list[Certificate] = []
-    with atomic_folder(out) as temporary:
-        (temporary / "onnx").mkdir()
-        external = [quant for quant in quants if _write_graph(request, config, temporary, quant)]
-        _write_settings(temporary, config, tokenizer, quants, external)
-        reference = TorchRuntime(folder)
-        for quant in quants:
-            made.append(_certify(request, reference, temporary, quant, text))
-            certificate.write(temporary, made[-1])
-            request.show(made[-1])
-        for one in made:
-            if not one.passed:
-                raise rejected(temporary, out, one)
-    return made
+    quants: Sequence[str] = tuple(FILES)
+    is_folder: ClassVar[bool] = True
+
+    def file_name(self, model: str) -> str:
+        return f"{model}-onnx"
+
+    def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
+        (out / "onnx").mkdir()
+        external = [quant for quant in self.quants if _write_graph(source, out, quant, report)]
+        _write_settings(out, source, self.quants, external)
+
+    def exported(self, source: Source, out: Path, scratch: Path) -> Sequence[ExportedFile]:
+        return [_exported(out, quant) for quant in self.quants]
 
 
-def _write_graph(request: Request, config: ModelConfig, folder: Path, quant: str) -> bool:
+def _exported(folder: Path, quant: str) -> ExportedFile:
+    path = folder / FILES[quant][0]
+
+    def read_back(what: str, *, through_cache: bool) -> ReadBack:
+        return ReadBack(
+            what=what,
+            thresholds=THRESHOLDS[quant],
+            open=lambda length: nullcontext(OrtRuntime(path, through_cache=through_cache)),
+            first_window_only=through_cache,
+        )
+
+    return ExportedFile(
+        path=path,
+        quant=quant,
+        files=[file for file in sorted(path.parent.iterdir()) if file.name.startswith(path.name)],
+        shared_files=[file for file in sorted(folder.iterdir()) if file.is_file()],
+        read_backs=[
+            read_back(quant, through_cache=False),
+            read_back("… through its cache", through_cache=True),
+        ],
+    )
+
+
+def _write_graph(source: Source, folder: Path, quant: str, report: Callable[[str], None]) -> bool:
     """Write one graph; returns whether its weights are in a file of their own."""
     name, bytes_per_weight = FILES[quant]
-    tensors = open_hf_state_dict(request.folder)
+    tensors = source.state_dict()
     num_weights = sum(prod(tensor.shape) for tensor in tensors.values())
     external = num_weights * bytes_per_weight > MAX_INLINE_BYTES
     path = folder / name
     with Initializers(path.with_name(path.name + "_data") if external else None) as initializers:
-        model = onnx_graph.build(config, tensors, initializers, int8=quant == "INT8", report=request.report)
+        model = build(source.config, tensors, initializers, int8=quant == "INT8", report=report)
     onnx.save(model, path)
     return external
 
 
-def _write_settings(
-    folder: Path, config: ModelConfig, tokenizer: Tokenizer, quants: Sequence[str], external: Sequence[str]
-) -> None:
+def _write_settings(folder: Path, source: Source, quants: Sequence[str], external: Sequence[str]) -> None:
     """What the runtimes read beside the graph: model, generation and tokenizer settings."""
+    config, tokenizer = source.config, source.tokenizer
     tokenizer.save(folder)
     if tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="\n")
     # Granite's name for the architecture: transformers.js has no entry for MiniCPM, and the function is the same.
-    entries = hf_config.granite(config)
+    entries = granite_config(config)
     entries["transformers.js_config"] = {
         "dtype": "q8" if "INT8" in quants else "fp32",
         "use_external_data_format": {Path(FILES[quant][0]).name: 1 for quant in external},
     }
     write_json(folder / "config.json", entries)
-    write_json(folder / "generation_config.json", hf_config.generation(config, tokenizer))
+    write_json(folder / "generation_config.json", generation_config(config, tokenizer))
     smallest = FILES["INT8" if "INT8" in quants else "F32"][0]
     write_json(folder / "genai_config.json", genai_config(config, tokenizer, smallest))
 
@@ -123,29 +138,3 @@ def genai_config(config: ModelConfig, tokenizer: Tokenizer, file: str) -> dict[s
         },
         "search": {"max_length": config.max_position_embeddings, "past_present_share_buffer": True},
     }
-
-
-def _certify(request: Request, reference: Runtime, folder: Path, quant: str, text: HeldOut) -> Certificate:
-    name = FILES[quant][0]
-    checks = []
-    for what, windows, through_cache in (
-        (quant, text.windows, False),
-        ("… through its cache", text.windows[:1], True),
-    ):
-        runtime = OrtRuntime(folder / name, through_cache=through_cache)
-        measures = compare(reference, runtime, windows, request.report)
-        checks.append(Check(what=what, runtime=runtime.name, measures=measures, thresholds=THRESHOLDS[quant]))
-    own = [file for file in sorted((folder / "onnx").iterdir()) if file.name.startswith(Path(name).name)]
-    settings = [
-        file for file in sorted(folder.iterdir()) if file.is_file() and file.name != certificate.FILE_NAME
-    ]
-    return Certificate(
-        file=name,
-        quant=quant,
-        num_bytes=sum(file.stat().st_size for file in own),
-        sha256=hashes([*own, *settings], folder),
-        model=request.name,
-        model_sha256=request.model_sha256(),
-        held_out=text.name,
-        checks=tuple(checks),
-    )

@@ -1,4 +1,4 @@
-"""llama.cpp's tokenizer, read from our GGUF, gives our ids on every nasty string."""
+"""llama.cpp's tokenizer, read from our GGUF, gives our ids on every tokenizer edge case."""
 
 import json
 import pydoc_data.topics
@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from minicpm_export.gguf import tokenizer as gguf_tokenizer
+from minicpm_export.gguf.runtime import LlamaRuntime
+from minicpm_export.gguf.tokenizer import tokenizer_keys
 from minicpm_export.gguf.writer import write_gguf
-from minicpm_export.verify.llama_runtime import LlamaRuntime
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "nasty_strings.json"
-NASTY = {
+GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer_edge_cases.json"
+TOKENIZER_EDGE_CASES = {
     entry["name"]: entry["text"] * entry.get("repeat", 1) + entry.get("then", "")
     for entry in json.loads(GOLDEN.read_text(encoding="utf-8"))
 }
@@ -27,8 +27,10 @@ def open_runtime(folder, path):
     return LlamaRuntime(path, context_length=32)
 
 
-def differences(runtime, tokenizer, names=NASTY):
-    return [name for name in names if runtime.tokenize(NASTY[name]) != tokenizer.encode(NASTY[name])]
+def differences(runtime, tokenizer):
+    """The edge cases that the two split differently."""
+    texts = TOKENIZER_EDGE_CASES.items()
+    return [name for name, text in texts if runtime.tokenize(text) != tokenizer.encode(text)]
 
 
 def test_our_tokenizer(make_model, tmp_path):
@@ -38,7 +40,7 @@ def test_our_tokenizer(make_model, tmp_path):
 
 
 def test_a_larger_vocabulary(make_model, small_config, tmp_path):
-    tokenizer = Tokenizer.train([*pydoc_data.topics.topics.values(), *NASTY.values()], 3000)
+    tokenizer = Tokenizer.train([*pydoc_data.topics.topics.values(), *TOKENIZER_EDGE_CASES.values()], 3000)
     with foreign(tokenizer, small_config, make_model, tmp_path, vocab_size=3001) as runtime:
         assert differences(runtime, tokenizer) == []
 
@@ -128,7 +130,7 @@ def test_a_sentencepiece_tokenizer(make_model, small_config, tmp_path):
 
 
 def entries(tokenizer, config):
-    return {key: value for key, _, value in gguf_tokenizer.entries(tokenizer, config)}
+    return {key: value for key, _, value in tokenizer_keys(tokenizer, config)}
 
 
 def test_the_keys(tokenizer_folder, small_config):

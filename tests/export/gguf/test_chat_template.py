@@ -4,8 +4,8 @@ import llama_cpp
 import pytest
 from gguf import GGUFReader
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+from minicpm_export.gguf.runtime import LlamaRuntime
 from minicpm_export.gguf.writer import write_gguf
-from minicpm_export.verify.llama_runtime import LlamaRuntime
 
 from minicpm_edge.text.chat import encode_chat, render
 from minicpm_edge.text.tokenizer import Tokenizer

@@ -6,17 +6,17 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from minicpm_export.onnx import graph as onnx_graph
-from minicpm_export.onnx import job as onnx_job
-from minicpm_export.onnx import weights as onnx_weights
-from minicpm_export.onnx.job import export_onnx
+from minicpm_export.onnx import format as onnx_format
+from minicpm_export.onnx.format import ONNX
+from minicpm_export.onnx.graph import MATRICES, build
+from minicpm_export.onnx.runtime import OrtRuntime
 from minicpm_export.onnx.weights import Initializers, quantize_rows
-from minicpm_export.request import Request
+from minicpm_export.pipeline import export
+from minicpm_export.source import Source
 from minicpm_export.verify import certificate
-from minicpm_export.verify.ort_runtime import OrtRuntime
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict, read_config
+from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict, read_config, sha256
 from minicpm_edge.model.config import RopeScaling
 from minicpm_edge.text.tokenizer import Tokenizer
 
@@ -35,7 +35,7 @@ VARIANTS = {
 def write(folder, path, *, int8, external=False):
     data = path.with_name(path.name + "_data") if external else None
     with Initializers(data) as initializers:
-        model = onnx_graph.build(
+        model = build(
             read_config(folder),
             open_hf_state_dict(folder),
             initializers,
@@ -139,9 +139,7 @@ def test_blocks_hold_the_weights_to_half_a_step():
 @pytest.fixture(scope="module")
 def folder(make_model, tmp_path_factory):
     out = tmp_path_factory.mktemp("onnx") / "model"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_weights, "MAX_INLINE_BYTES", 1 << 30)
-        made = export_onnx(Request(folder=make_model(), name="small"), out, ("F32", "INT8"))
+    made = export(ONNX(), Source(folder=make_model(), name="small"), out)
     assert all(one.passed for one in made)
     return out
 
@@ -155,7 +153,7 @@ def test_the_folder(folder):
     entries = certificate.read(folder)["certificates"]
     assert sorted(entries) == ["onnx/model.onnx", "onnx/model_quantized.onnx"]
     for name, entry in entries.items():
-        assert entry["sha256"][name] == certificate.sha256(folder / name)
+        assert entry["sha256"][name] == sha256(folder / name)
         assert [check["what"] for check in entry["checks"]] == [entry["quant"], "… through its cache"]
         assert entry["checks"][0]["runtime"].startswith("ONNX Runtime")
     fp32, int8 = (entries[name]["checks"][0]["measures"] for name in sorted(entries))
@@ -163,15 +161,15 @@ def test_the_folder(folder):
 
 
 def test_a_wrong_graph_is_caught(make_model, tmp_path, monkeypatch):
-    monkeypatch.setitem(onnx_graph.MATRICES, "down", (("mlp.down_proj",), lambda config: 1.0))
-    with pytest.raises(UserError, match="the export is not the model"):
-        export_onnx(Request(folder=make_model(), name="m"), tmp_path / "m", ("F32",))
+    monkeypatch.setitem(MATRICES, "down", (("mlp.down_proj",), lambda config: 1.0))
+    with pytest.raises(UserError, match="export failed verification"):
+        export(ONNX(quants=("F32",)), Source(folder=make_model(), name="m"), tmp_path / "m")
     assert not (tmp_path / "m").exists() and (tmp_path / "m.rejected").is_dir()
 
 
 def test_large_models_keep_their_weights_beside(make_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_job, "MAX_INLINE_BYTES", 4 << 20)
-    export_onnx(Request(folder=make_model(), name="m"), tmp_path / "m", ("F32", "INT8"))
+    monkeypatch.setattr(onnx_format, "MAX_INLINE_BYTES", 4 << 20)
+    export(ONNX(), Source(folder=make_model(), name="m"), tmp_path / "m")
     assert (tmp_path / "m" / "onnx" / "model.onnx_data").is_file()
     assert not (tmp_path / "m" / "onnx" / "model_quantized.onnx_data").exists()
     settings = json.loads((tmp_path / "m" / "config.json").read_text(encoding="utf-8"))[
@@ -185,7 +183,7 @@ def test_large_models_keep_their_weights_beside(make_model, tmp_path, monkeypatc
 def test_what_has_no_onnx_form_is_told(make_model, tmp_path):
     experts = make_model(num_experts=4, num_experts_per_tok=2)
     with pytest.raises(UserError, match=r"mixture of experts.*--gguf"):
-        export_onnx(Request(folder=experts, name="m"), tmp_path / "m", ("F32",))
+        export(ONNX(quants=("F32",)), Source(folder=experts, name="m"), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 
 

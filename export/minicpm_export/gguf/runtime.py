@@ -1,11 +1,10 @@
-"""llama.cpp, as this package uses it: quiet, for quantising a file and for reading one back as users will.
+"""llama.cpp on the CPU, reading a GGUF back as users will.
 
 Legend: T positions of one window, V vocabulary.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -16,30 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from minicpm_edge.errors import UserError
+from minicpm_export.gguf.llama_log import quiet_log
 from minicpm_export.threads import num_threads
 
-ERROR_LEVEL, CONTINUED_LEVEL = 4, 5  # ggml_log_level
 F32_CACHE, NO_FLASH_ATTENTION = 0, 0  # ggml_type, llama_flash_attn_type
-
-_errors: list[str] = []
-_last_level = 0
-
-
-def _collect(level: int, text: bytes, _: object) -> None:
-    global _last_level
-    _last_level = _last_level if level == CONTINUED_LEVEL else level
-    if _last_level == ERROR_LEVEL:
-        _errors.append(text.decode("utf-8", "replace").strip())
-
-
-_callback = llama_cpp.llama_log_callback(_collect)  # llama.cpp keeps a pointer: it must outlive every call
-
-
-def quiet_log() -> list[str]:
-    """Keep llama.cpp's log off the terminal from now on; returns the list that its errors will be added to."""
-    llama_cpp.llama_log_set(_callback, ctypes.c_void_p(0))
-    _errors.clear()
-    return _errors
 
 
 class LlamaRuntime:

@@ -5,9 +5,9 @@ import pytest
 import torch
 from gguf import GGUFReader
 from minicpm_export.gguf.quantize import QUANTISED_TYPES, fallbacks, quantize, tensor_types
+from minicpm_export.gguf.runtime import LlamaRuntime
 from minicpm_export.gguf.tensor_map import rotary_order
 from minicpm_export.gguf.writer import write_gguf
-from minicpm_export.verify.llama_runtime import LlamaRuntime
 from minicpm_export.verify.measures import Comparison
 
 from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict

@@ -1,0 +1,86 @@
+"""A Hugging Face folder with the published tensor names, equal to the model to the bit."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from minicpm_edge.errors import UserError
+from minicpm_edge.formats.checkpoint import open_hf_state_dict
+from minicpm_edge.json_file import write_json
+from minicpm_export.format import ExportedFile, ReadBack
+from minicpm_export.hf.config import generation_config, granite_config
+from minicpm_export.source import Source
+from minicpm_export.verify.compare import THRESHOLDS
+from minicpm_export.verify.torch_runtime import TorchRuntime
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class HuggingFace:
+    """A folder for Hugging Face's tools; its weights are compared to the bit as well.
+
+    ``architecture`` is ``minicpm`` as published, or ``granite``: the same tensors under the name by which
+    `transformers` and many other tools compute the same function (dense models only).
+    """
+
+    architecture: str = "minicpm"
+    is_folder: ClassVar[bool] = True
+
+    def file_name(self, model: str) -> str:
+        return f"{model}-hf"
+
+    def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
+        if self.architecture == "granite" and source.config.num_experts:
+            raise UserError(
+                "a mixture of experts has no Granite form with these tensor names; leave --architecture granite out"
+            )
+        tensors = source.state_dict()
+        report("copying weights")
+        files = {tensor.file for tensor in tensors.values()}
+        for file in (*files, source.folder / INDEX):
+            if file.is_file():
+                shutil.copyfile(file, out / file.name)
+        source.tokenizer.save(out)
+        granite = self.architecture == "granite"
+        entries = granite_config(source.config) if granite else source.config.to_dict()
+        stored = next(iter(tensors.values())).dtype
+        write_json(out / "config.json", {**entries, "torch_dtype": str(stored).removeprefix("torch.")})
+        write_json(out / "generation_config.json", generation_config(source.config, source.tokenizer))
+
+    def exported(self, source: Source, out: Path, scratch: Path) -> Sequence[ExportedFile]:
+        read_back = ReadBack(
+            what="HF",
+            # Granite's own keys go through a square root and back: the last bit of a scale may differ.
+            thresholds=THRESHOLDS["exact" if self.architecture == "minicpm" else "F32"],
+            open=lambda length: nullcontext(TorchRuntime(out)),
+        )
+        return [
+            ExportedFile(
+                path=out / "model.safetensors",
+                quant="as stored",
+                files=sorted(out.iterdir()),
+                read_backs=[read_back],
+                failures=list(_differing_tensors(source.folder, out)),
+            )
+        ]
+
+
+def _differing_tensors(folder: Path, copy: Path) -> Iterator[str]:
+    """A line for each tensor of the copy that is not the original's to the bit."""
+    originals, copies = open_hf_state_dict(folder), open_hf_state_dict(copy)
+    for name, original in originals.items():
+        if name not in copies or not torch.equal(_bits(original.read()), _bits(copies[name].read())):
+            yield f"the tensor {name} differs"
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As integers: a NaN equals itself, and 0 does not equal -0."""
+    return tensor.contiguous().view({2: torch.int16, 4: torch.int32}[tensor.element_size()])
