@@ -34,18 +34,29 @@ ROWS = lines(*({"text": f"text {number} é"} for number in range(5)))
 TEXTS = [f"text {number} é" for number in range(5)]
 
 
+# The same bytes in every process that collects these tests: gzip writes the time, unless it is told one.
+ROWS_GZ = gzip.compress(ROWS, mtime=0)
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("a.jsonl", ROWS),
-        ("a.jsonl.gz", gzip.compress(ROWS)),
-        ("a.jsonl.zst", zstandard.compress(ROWS)),
-        (
+        pytest.param("a.jsonl", ROWS, id="plain"),
+        pytest.param("a.jsonl.gz", ROWS_GZ, id="gzip"),
+        pytest.param("a.jsonl.zst", zstandard.compress(ROWS), id="zstd"),
+        pytest.param(
             "a.JSONL",
             b"\xef\xbb\xbf" + ROWS.replace(b"\n", b"\r\n\r\n").rstrip(),
-        ),  # Windows: a mark, empty lines, no end
-        ("a.jsonl.zst", zstandard.compress(ROWS[:40]) + zstandard.compress(ROWS[40:])),
-        ("a.jsonl.gz", gzip.compress(ROWS[:40]) + gzip.compress(ROWS[40:])),
+            id="windows: byte order mark, empty lines, no newline at the end",
+        ),
+        pytest.param(
+            "a.jsonl.zst", zstandard.compress(ROWS[:40]) + zstandard.compress(ROWS[40:]), id="two zstd frames"
+        ),
+        pytest.param(
+            "a.jsonl.gz",
+            gzip.compress(ROWS[:40], mtime=0) + gzip.compress(ROWS[40:], mtime=0),
+            id="two gzip members",
+        ),
     ],
 )
 def test_json_lines_plain_and_compressed(tmp_path, name, content):
@@ -139,15 +150,17 @@ def test_every_bad_row_is_named_with_its_line_and_reason(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl.gz", gzip.compress(ROWS)[:-8], "cannot be read: Truncated"),
-        ("a.jsonl.zst", zstandard.compress(ROWS)[:-1], "cannot be read: Truncated"),
-        ("a.jsonl.gz", b"not compressed", "cannot be read: zlib"),
-        ("a.jsonl.zst", b"not compressed", "cannot be read: ZSTD"),
-        ("a.parquet", b"PAR1 this is no table PAR1", "damaged"),
-        ("a.parquet", b"", "damaged"),
-        ("a.txt", b"caf\xe9", "not UTF-8 text (byte 3)"),
-        ("a.txt", b"", "empty"),
-        ("a.md", b" \n ", "empty"),
+        pytest.param("a.jsonl.gz", ROWS_GZ[:-8], "cannot be read: Truncated", id="short gzip"),
+        pytest.param(
+            "a.jsonl.zst", zstandard.compress(ROWS)[:-1], "cannot be read: Truncated", id="short zstd"
+        ),
+        pytest.param("a.jsonl.gz", b"not compressed", "cannot be read: zlib", id="not gzip"),
+        pytest.param("a.jsonl.zst", b"not compressed", "cannot be read: ZSTD", id="not zstd"),
+        pytest.param("a.parquet", b"PAR1 this is no table PAR1", "damaged", id="not parquet"),
+        pytest.param("a.parquet", b"", "damaged", id="empty parquet"),
+        pytest.param("a.txt", b"caf\xe9", "not UTF-8 text (byte 3)", id="latin-1"),
+        pytest.param("a.txt", b"", "empty", id="empty text"),
+        pytest.param("a.md", b" \n ", "empty", id="blank markdown"),
     ],
 )
 def test_a_damaged_file_is_named_and_the_others_are_read(tmp_path, name, content, reason):
