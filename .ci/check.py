@@ -1,7 +1,12 @@
-"""Build the wheel once, install that wheel into a fresh virtual environment, then lint, types and tests.
+"""The project's check: lint, format, types and tests.
 
-Needs Python 3.11 to 3.13 and a C++ compiler; makes everything else. Runs on Linux, macOS and Windows:
-``python3 .ci/check.py`` (``py .ci\\check.py``). Arguments after it go to pytest.
+``python3 .ci/check.py`` (Windows: ``py .ci\\check.py``) is the whole of it: build the wheel, install that wheel into a
+fresh virtual environment, check. Needs Python 3.11 to 3.13 and a C++ compiler; makes everything else.
+
+``python .ci/check.py --fast`` is for while one works: no wheel, but the environment that this Python belongs to, and
+without the tests marked slow.
+
+Other arguments go to pytest (``-k rope``; ``-n 0``: all tests in one process).
 """
 
 import os
@@ -11,6 +16,7 @@ import subprocess
 import sys
 import time
 import venv
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +24,9 @@ BUILD = ROOT / "build" / "ci"
 VENV = BUILD / "venv"
 BIN = VENV / ("Scripts" if sys.platform == "win32" else "bin")
 PYTHON = BIN / ("python.exe" if sys.platform == "win32" else "python")
+# A process for each core; the tests of a file stay together, since they share what their fixtures made. The files
+# begin in the order of collection, where tests/conftest.py has put those with slow tests first.
+PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile", "--no-loadscope-reorder")
 
 
 def run(title: str, *command: str | Path, **environment: str) -> None:
@@ -46,8 +55,8 @@ def find_browser() -> None:
             return
 
 
-def main() -> None:
-    """The whole check."""
+def install() -> None:
+    """The wheel of this checkout and everything it is tested with, in a fresh virtual environment."""
     shutil.rmtree(BUILD, ignore_errors=True)
     venv.create(VENV, with_pip=True)
     find_browser()
@@ -61,12 +70,34 @@ def main() -> None:
     if sys.platform == "linux" and platform.machine() == "x86_64":
         # The version that the kernels' table is made with. Apart, since a CUDA build of torch asks for its own.
         run("install Triton", *pip, "install", "--no-deps", "triton==3.6.0")
-    run("lint", BIN / "ruff", "check", ".")
-    run("format", BIN / "ruff", "format", "--check", ".")
-    run("types", BIN / "mypy")
-    # Not `python -m pytest`: that would put the checkout before the installed wheel on the path.
-    run("tests", BIN / "pytest", *sys.argv[1:], MINICPM_TEST_INSTALLED="1", PYTHONSAFEPATH="1")
+
+
+def check(python: str | Path, *arguments: str, **environment: str) -> None:
+    """Lint, format, types and tests with the tools beside ``python``."""
+    run("lint", python, "-m", "ruff", "check", ".")
+    run("format", python, "-m", "ruff", "format", "--check", ".")
+    run("types", python, "-m", "mypy")
+    run("tests", python, "-m", "pytest", *PARALLEL, *arguments, **environment)
+
+
+def main(arguments: list[str]) -> None:
+    """The whole check, or with ``--fast`` the quick one."""
+    if "--fast" in arguments:
+        arguments.remove("--fast")
+        missing = [tool for tool in ("ruff", "mypy", "pytest", "xdist") if find_spec(tool) is None]
+        if missing:
+            sys.exit(
+                f"error: {sys.executable} has no {', '.join(missing)}; run this with the Python of an "
+                "environment made by: pip install -c constraints.txt -e '.[dev]'"
+            )
+        started = time.monotonic()
+        check(sys.executable, "-q", "-m", "not slow", *arguments)
+        print(f"=== all ok, {time.monotonic() - started:.0f} s")
+    else:
+        install()
+        # With a safe path: else `python -m pytest` puts the checkout before the installed wheel.
+        check(PYTHON, *arguments, MINICPM_TEST_INSTALLED="1", PYTHONSAFEPATH="1")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -155,7 +155,7 @@ class Running:
     app: object
 
     def client(self, **options) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=20, **options)
+        return httpx.Client(base_url=self.url, timeout=60, **options)
 
 
 @contextmanager
@@ -176,8 +176,8 @@ def run_server(model: FakeModel, **settings) -> Iterator[Running]:
         thread.join(10)
 
 
-def wait_until(condition: Callable[[], object], seconds: float = 10.0) -> None:
-    """Wait for ``condition`` to hold; fails the test where it does not."""
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for ``condition`` to hold; fails the test where it does not, even on a machine with much else to do."""
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import socket
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -70,19 +69,19 @@ def test_a_cut_character_is_not_shown(running):
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_leaving_while_it_writes_stops_the_generation(start, make_model, wait_until, streamed):
-    server = start(make_model(seconds_a_token=0.01))
+    server = start(make_model(seconds_a_token=0.05))
     with server.client() as client:
         leave_after(
             client, body("count to 400", stream=streamed), lambda: server.model.num_tokens > 5, wait_until
         )
     wait_until(lambda: server.model.num_running == 0)
     assert server.model.num_cancelled == 1
-    assert server.model.num_tokens < 200
+    assert server.model.num_tokens < 400, "of 1491"
 
 
 @pytest.mark.parametrize("streamed", [True, False])
 def test_leaving_while_it_reads_the_prompt_stops_the_generation(start, make_model, wait_until, streamed):
-    server = start(make_model(seconds_to_read=30))
+    server = start(make_model(seconds_to_read=300))
     with server.client() as client:
         leave_after(client, body("hi", stream=streamed), lambda: server.model.num_running == 1, wait_until)
     wait_until(lambda: server.model.num_running == 0)
@@ -112,29 +111,28 @@ def leave_after(client, request, condition, wait_until):
 
 
 def test_the_server_answers_others_while_it_generates(start, make_model):
-    server = start(make_model(seconds_a_token=0.01))
+    server = start(make_model(seconds_a_token=0.05))
     with (
         server.client() as client,
         server.client() as other,
-        client.stream("POST", "/v1/chat/completions", json=body("count to 200", stream=True)) as response,
+        client.stream("POST", "/v1/chat/completions", json=body("count to 400", stream=True)) as response,
     ):
         lines = response.iter_lines()
         next(lines)
-        began = time.monotonic()
         for path in ("/health", "/v1/models", "/"):
             assert other.get(path).status_code == 200
-        assert time.monotonic() - began < 1
         assert server.model.num_running == 1, "it was generating all the while"
+        assert server.model.num_tokens < 400, "of 1491: nor did they wait for a part of it"
 
 
 def test_the_first_event_comes_before_the_prompt_is_read(start, make_model):
-    server = start(make_model(seconds_to_read=20))
-    with server.client() as client:
-        began = time.monotonic()
-        with client.stream("POST", "/v1/chat/completions", json=body("hi", stream=True)) as response:
-            lines = response.iter_lines()
-            assert '"role":"assistant"' in next(lines)
-        assert time.monotonic() - began < 5
+    server = start(make_model(seconds_to_read=300))
+    with (
+        server.client() as client,
+        client.stream("POST", "/v1/chat/completions", json=body("hi", stream=True)) as response,
+    ):
+        assert '"role":"assistant"' in next(response.iter_lines())
+        assert server.model.num_tokens == 0
 
 
 def test_many_at_once_take_turns_and_keep_their_own_answers(start, make_model):
@@ -154,7 +152,7 @@ def test_many_at_once_take_turns_and_keep_their_own_answers(start, make_model):
 
 
 def test_a_full_queue_is_503_with_a_time_to_retry(start, make_model, wait_until):
-    server = start(make_model(seconds_a_token=0.02), max_waiting=1)
+    server = start(make_model(seconds_a_token=0.1), max_waiting=1)
     generations = server.app.state.generations
 
     def ask():
