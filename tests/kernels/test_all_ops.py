@@ -126,6 +126,7 @@ def test_cuda_takes_triton_and_a_cpu_plain_torch(monkeypatch):
     assert choose_backend_for_device("cuda", "rope").name == "reference"
 
 
+@pytest.mark.slow
 def test_everything_runs_without_triton():
     program = f"""
 import sys

@@ -149,6 +149,7 @@ def test_interpreter_is_an_obstacle(device: torch.device) -> None:
     assert ("interpreter" in gluon_obstacle(64, torch.bfloat16, device)) == interpreter_enabled()
 
 
+@pytest.mark.slow
 def test_compiles_within_limits(run_where_triton_compiles: Callable[[str], str]) -> None:
     """Both head dims, both types."""
     problems = run_where_triton_compiles("""
@@ -164,6 +165,7 @@ for case in gluon_forward_cases():
     assert problems == ""
 
 
+@pytest.mark.slow
 def test_softmax_runs_beside_products(run_where_triton_compiles: Callable[[str], str]) -> None:
     """Between the waits for the scores and for the product with the values stand the search for the maximum (head dim
     64) and most exponentials (128), in the two loops of every attender: the assembler may move waits, and once

@@ -177,6 +177,7 @@ def test_missing_part_of_gluon_is_named(device: torch.device, monkeypatch: pytes
     assert gluon_backward_obstacle(64, torch.bfloat16, device).endswith("has no create_async_tma_reduce")
 
 
+@pytest.mark.slow
 def test_compiles_within_limits(run_where_triton_compiles: Callable[[str], str]) -> None:
     """In a process without the interpreter, both types. Products stay in flight: where ptxas cannot keep them so, it
     waits after each instruction (gsb0), not after each product, and says it only in its log."""

@@ -119,6 +119,7 @@ def test_as_accurate_as_torch(
     _check(inputs, assert_as_accurate, deterministic=deterministic)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("heads", [3, 36])
 def test_grouped_heads(

@@ -112,6 +112,7 @@ def test_whole_graph_compiles(device, backend, with_gradients):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
 def test_inductor_adds_all_three_gradients(device, monkeypatch, with_gradients):
     """With a scatter in the backward, inductor's CPU code lost the weights' part of the sum (torch 2.13)."""

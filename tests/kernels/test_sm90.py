@@ -42,6 +42,7 @@ SASS = """
 """
 
 
+@pytest.mark.slow
 def test_table_is_current_and_limits_hold():
     import triton
 
@@ -52,6 +53,7 @@ def test_table_is_current_and_limits_hold():
     assert result.returncode == 0, result.stdout + result.stderr
 
 
+@pytest.mark.slow
 def test_row_addresses_of_contiguous_tensors_are_64_bit(run_where_triton_compiles):
     """More than 2^31 elements: RMSNorm multiplies rows by the width, and must do so in int64."""
     ttir = run_where_triton_compiles(

@@ -204,6 +204,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(status)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_stops_the_answer_and_not_the_program():
     chat = Terminal(["chat"])
@@ -222,6 +223,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program():
     assert chat.exit_code() == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_ctrl_c_twice_at_the_prompt_and_ctrl_d_leave():
     chat = Terminal(["chat"])

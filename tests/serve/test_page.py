@@ -84,6 +84,7 @@ def test_a_message_is_sent_and_answered(page, running):
     expect(page.locator(".figures").last).to_contain_text("tokens")
 
 
+@pytest.mark.slow
 def test_the_answer_streams_and_stops_on_the_button_and_on_escape(open_page, start, make_model, wait_until):
     server = start(make_model(seconds_a_token=0.01))
     page = open_page(server.url)
@@ -206,6 +207,7 @@ def test_a_long_hostile_answer_does_not_freeze_the_page(page):
     assert page.evaluate(script, hostile) < 3000
 
 
+@pytest.mark.slow
 def test_history_survives_a_reload_and_can_be_renamed_and_deleted(page):
     ask(page, "first question")
     page.click("#new")
@@ -275,6 +277,7 @@ def test_dark_and_light_follow_the_system_until_chosen(open_page, running):
     expect(theme).to_have_attribute("data-theme", "dark")
 
 
+@pytest.mark.slow
 def test_a_phone_of_390_pixels_scrolls_only_down(open_page, running):
     page = open_page(running.url, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True)
     wide = "[document.scrollingElement, document.querySelector('#scroll')].some((box) => box.scrollWidth > innerWidth)"

@@ -29,6 +29,7 @@ def client(start, lm):
         yield client
 
 
+@pytest.mark.slow
 def test_an_answer_whole_and_streamed_is_the_same(client, lm):
     options = {"model": lm.name, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
     whole = client.chat.completions.create(**options)
@@ -42,6 +43,7 @@ def test_an_answer_whole_and_streamed_is_the_same(client, lm):
     assert whole.usage.prompt_tokens == len(lm.chat_prompt(QUESTION))
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_and_another_differs(client, lm):
     def ask(seed):
         answer = client.chat.completions.create(

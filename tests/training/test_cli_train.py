@@ -24,6 +24,7 @@ def recipe_file(make_recipe, tmp_path, monkeypatch):
     return str(path)
 
 
+@pytest.mark.slow
 def test_train_then_runs_then_decay_then_eval(recipe_file, workspace, tmp_path, capsys):
     assert main(["train", recipe_file, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -168,6 +169,7 @@ def test_a_damaged_checkpoint_is_named(recipe_file, tmp_path, capsys):
     assert "model.safetensors is damaged" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="signals to a process are POSIX")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_a_checkpoint_and_exits_130(make_recipe, tmp_path, number):
@@ -194,6 +196,7 @@ def test_an_interrupt_saves_a_checkpoint_and_exits_130(make_recipe, tmp_path, nu
     assert run.trunk.metrics()[-1]["step"] == step >= 3
 
 
+@pytest.mark.slow
 def test_a_longer_recipe_file_resumes_and_keeps_the_warm_up(make_recipe, tmp_path, capsys):
     text = to_toml(make_recipe("schedule.stable_tokens=2560"))
     lines = [line for line in text.splitlines() if not line.startswith("warmup_tokens")]

@@ -23,6 +23,7 @@ def branch_off(tmp_path):
     return branch_off
 
 
+@pytest.mark.slow
 def test_branching_and_going_on(make_recipe, train, branch_off, same_checkpoint, tmp_path):
     trunk_20 = make_recipe()
     run = train(trunk_20, tmp_path / "run")
@@ -84,6 +85,7 @@ def test_what_cannot_branch_is_refused(make_recipe):
         decay_recipe(make_recipe("schedule.kind=cosine"), 10, 256, None, [])
 
 
+@pytest.mark.slow
 def test_another_decay_of_the_same_tip_is_a_branch_of_its_own(make_recipe, train, tmp_path):
     run = train(make_recipe("schedule.decay_tokens=256"), tmp_path / "run")
     [first] = run.decays()

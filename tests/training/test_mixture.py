@@ -30,6 +30,7 @@ def test_the_mix_over_a_million_tokens_is_within_half_a_percent(sequence_length,
         assert abs(counts.get(name, 0) / num_rows - weight / total) < 0.005
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None, derandomize=True)
 @given(weights=st.lists(st.floats(0.001, 1.0), min_size=1, max_size=9), start=st.integers(0, 3 * BLOCK_ROWS))
 def test_every_prefix_and_every_window_keeps_the_shares(weights, start):

@@ -1,5 +1,6 @@
 """A trunk cut by the clock still ends in a whole decay, and can go on."""
 
+import pytest
 from minicpm_training.run import Run
 from minicpm_training.session import Watcher
 from minicpm_training.time_budget import TimeBudget, cut_recipe, train_within
@@ -24,6 +25,7 @@ def test_a_cut_recipe_keeps_the_shares(make_recipe):
     assert (cut.trunk_steps, cut.total_steps, cut.warmup_steps) == (40, 50, recipe.warmup_steps)
 
 
+@pytest.mark.slow
 def test_training_ends_in_time_with_a_decay(make_recipe, tmp_path):
     recipe = make_recipe("schedule.stable_tokens=128_000_000", "schedule.decay_tokens=12_800_000")
     run = Run(folder=tmp_path / "run")

@@ -91,6 +91,7 @@ def test_metrics_say_what_happened(make_recipe, train, tmp_path):
     assert (state.step, state.tokens, state.stage, state.finished) == (15, 15 * 128, "decay", True)
 
 
+@pytest.mark.slow
 def test_watching_does_not_change_the_run_and_resuming_is_exact(
     make_recipe, train, same_checkpoint, workspace, tmp_path
 ):

@@ -44,6 +44,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc")
 def test_peak_memory(make_model, small_config, tokenizer_folder, tmp_path):
     # Several large tensors: holding two of them at once would already break the limit.
