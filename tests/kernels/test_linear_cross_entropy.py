@@ -24,7 +24,7 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(module, "_CHUNK_ELEMENTS_CPU", 0)
     monkeypatch.setattr(module, "_BLOCK_ELEMENTS", 1)
     kernel = pytest.importorskip("minicpm_kernels.linear_cross_entropy_triton")
-    monkeypatch.setattr(kernel, "_MAX_BLOCK", 256)
+    monkeypatch.setattr(kernel, "MAX_BLOCK", 256)
 
 
 def case(num_tokens, vocabulary, width, device, dtype, scale=1.0):
@@ -223,7 +223,7 @@ def test_vocabularies_of_minicpm(
     vocabulary, device, backend, monkeypatch, with_gradients, assert_as_accurate
 ):
     kernel = pytest.importorskip("minicpm_kernels.linear_cross_entropy_triton")
-    monkeypatch.setattr(kernel, "_MAX_BLOCK", 16_384)
+    monkeypatch.setattr(kernel, "MAX_BLOCK", 16_384)
     hidden, weight, targets = case(3, vocabulary, 16, device, torch.bfloat16)
     targets[0] = vocabulary - 1
     wide = (hidden.float(), weight.float())
