@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = (".ci", "benchmarks", "examples", "export", "kernels", "minicpm_edge", "serve", "tests", "training")
+FOLDERS = (
+    ".ci",
+    "benchmarks",
+    "docs",
+    "examples",
+    "export",
+    "kernels",
+    "minicpm_edge",
+    "serve",
+    "tests",
+    "training",
+)
 MOST_LINES = 600
 
 
