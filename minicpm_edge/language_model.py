@@ -2,50 +2,35 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Literal, Self, Unpack, overload
 
-from minicpm_edge.engines.base import (
-    Cancelled,
-    Chunk,
-    Engine,
-    FinishReason,
-    SamplingParams,
-    Vocabulary,
-    never_cancelled,
-)
+from minicpm_edge.engines.base import Engine, GenerationRequest, Sink, Vocabulary
+from minicpm_edge.engines.generation import AsyncGeneration, Generation
+from minicpm_edge.engines.sampling_params import SamplingOptions, SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.chat import Message, encode_chat
-from minicpm_edge.text.detokenizer import TextStream
-
-POLL_SECONDS = 0.05
 
 
 class LanguageModel:
     """Chat, generate, stream, tokenize and embed with one model.
 
-    Threads may share it: one generation runs at a time and the others wait. A stream has the model until it is
-    exhausted or closed (leaving a ``for`` loop closes it), and stays in the thread that began it. Use as a context
-    manager, or call :meth:`close`.
+    Any number of threads and event loops may share it; the engine decides how many generations run at the same time,
+    and the others wait their turn. Use as a context manager, or call :meth:`close`: every method that needs the model
+    raises :class:`~minicpm_edge.errors.UserError` after that.
     """
 
     def __init__(self, engine: Engine, *, name: str) -> None:
         self.name = name
         self._engine = engine
-        self._turn = threading.Lock()  # held for a whole generation
-        self._turn_of: int | None = None  # the thread that holds it
-        self._computing = (
-            threading.Lock()
-        )  # held while the engine works, so that close() need not wait for a reader
         self._closed = False
 
     @property
-    def kind(self) -> str:
-        """The engine: ``torch``, ``llama_cpp`` or ``onnx``."""
-        return self._engine.kind
+    def backend(self) -> str:
+        """The runtime that computes: ``torch``, ``llama_cpp`` or ``onnx``."""
+        return self._engine.backend
 
     @property
     def context_length(self) -> int:
@@ -53,83 +38,148 @@ class LanguageModel:
         return self._engine.context_length
 
     @property
+    def num_slots(self) -> int:
+        """Generations that run at the same time."""
+        return self._engine.num_slots
+
+    @property
     def chat_template(self) -> str | None:
-        """The model's own Jinja chat template, if it ships one."""
+        """The model's own Jinja chat template, else ChatML if the vocabulary has its tokens, else None."""
         return self._vocabulary.chat_template
 
     def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        """Ids of ``text``, without a begin token. Only ``special=True`` reads control tokens in it as such."""
+        """Ids of ``text``, without a begin token. Only ``special=True`` reads control tokens in it as such.
+
+        Raises:
+            UserError: when the model is closed.
+        """
         return self._vocabulary.encode(text, special=special)
 
     def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; control tokens have none, and bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``ids``; control tokens have none, and bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            UserError: for an id outside the vocabulary, or when the model is closed.
+        """
         return self._vocabulary.decode(ids)
 
     def chat_prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The prompt of a conversation, ready for the assistant's turn. Content can not forge control tokens.
+        """Ids of a conversation's prompt, ready for the assistant's turn. Content can not forge control tokens.
+
+        Args:
+            messages: ``{"role": "system" | "user" | "assistant" | "tool", "content": …}``, the oldest first; the
+                content is text, or a list of ``{"type": "text", "text": …}``.
 
         Raises:
-            UserError: when a message is malformed, or the model has neither a chat template nor ChatML's tokens.
+            UserError: when a message is malformed, the template refuses it, the model has neither a chat template nor
+                ChatML's tokens, or the model is closed.
         """
         return encode_chat(self._vocabulary, messages, add_generation_prompt=True)
 
     def text_prompt(self, text: str) -> list[int]:
-        """The prompt of a plain completion: ``text`` behind the model's begin token."""
+        """Ids of a plain completion's prompt: ``text`` behind the model's begin token, if it has one.
+
+        Raises:
+            UserError: when the model is closed.
+        """
         vocabulary = self._vocabulary
         begin = [vocabulary.bos_id] if vocabulary.adds_bos else []
         return begin + vocabulary.encode(text)
 
-    def stream(
-        self,
-        prompt: str | Sequence[int],
-        params: SamplingParams | None = None,
-        *,
-        cancelled: Cancelled = never_cancelled,
-    ) -> Iterator[Chunk]:
-        """Generate from a text or from ids (as :meth:`chat_prompt` gives), chunk by chunk.
-
-        The checks happen here, before the first chunk is asked for. Waiting for another thread's generation ends when
-        ``cancelled`` says so.
+    def generate(self, prompt: str, **sampling: Unpack[SamplingOptions]) -> str:
+        """Continue ``prompt``: the whole text; the keyword arguments are those of :class:`SamplingParams`.
 
         Raises:
-            UserError: when the prompt is empty or does not fit the context.
+            UserError: for an empty prompt or one that does not fit the context, a bad setting, a closed model.
         """
-        params = params or SamplingParams()
-        ids = self.text_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        self._check_prompt(ids)
-        return self._stream(ids, params, cancelled)
-
-    def generate(self, prompt: str, **sampling: Any) -> str:
-        """Continue ``prompt``; the keyword arguments are those of :class:`SamplingParams`."""
         return "".join(self._pieces(prompt, sampling))
 
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[False] = False, **sampling: Any
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        **sampling: Unpack[SamplingOptions],
     ) -> str: ...
     @overload
     def chat(
-        self, messages: Sequence[Message], *, stream: Literal[True], **sampling: Any
+        self, messages: Sequence[Message], *, stream: Literal[True], **sampling: Unpack[SamplingOptions]
     ) -> Iterator[str]: ...
     def chat(
-        self, messages: Sequence[Message], *, stream: bool = False, **sampling: Any
+        self, messages: Sequence[Message], *, stream: bool = False, **sampling: Unpack[SamplingOptions]
     ) -> str | Iterator[str]:
-        """Answer a conversation: the whole text, or its pieces as they come with ``stream=True``."""
+        """Answer a conversation: the whole text, or its pieces as they come with ``stream=True``.
+
+        Args:
+            messages: as :meth:`chat_prompt` takes them.
+            stream: whether to return an iterator; leaving it early ends the generation.
+            **sampling: the fields of :class:`SamplingParams`.
+
+        Raises:
+            UserError: as :meth:`chat_prompt` and :meth:`generate` do.
+        """
         pieces = self._pieces(self.chat_prompt(messages), sampling)
         return pieces if stream else "".join(pieces)
 
+    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Generation:
+        """Generate from a text or from ids (as :meth:`chat_prompt` gives), chunk by chunk.
+
+        The request is checked and queued here, before the first chunk is asked for.
+
+        Raises:
+            UserError: when the prompt is empty, has ids outside the vocabulary or does not fit the context, and when
+                the model is closed (then iteration raises it too).
+        """
+        return Generation(lambda sink: self.submit(prompt, params, sink), check=self._check_open)
+
+    def astream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> AsyncGeneration:
+        """:meth:`stream` for an event loop, which stays free while the engine computes; no thread waits.
+
+        ``async for chunk in lm.astream(…)``; where the loop may be left early, ``async with`` around it.
+
+        Raises:
+            UserError: as :meth:`stream` does.
+            RuntimeError: outside a running event loop.
+        """
+        return AsyncGeneration(lambda sink: self.submit(prompt, params, sink), check=self._check_open)
+
+    def submit(
+        self, prompt: str | Sequence[int], params: SamplingParams | None, sink: Sink
+    ) -> GenerationRequest:
+        """Check a request and queue it; ``sink`` takes its events in the engine's thread.
+
+        :meth:`stream` and :meth:`astream` are made of this.
+
+        Raises:
+            UserError: as :meth:`stream` does.
+        """
+        ids = self._checked_prompt(prompt)
+        request = GenerationRequest(ids, params or SamplingParams(), sink)
+        self._engine.submit(request)
+        return request
+
     def embed(self, text: str) -> list[float]:
-        """A vector of unit length for ``text``: the mean of the model's final hidden states."""
-        ids = self.text_prompt(text)
-        self._check_prompt(ids)
-        with self._take_turn(never_cancelled), self._compute():
-            return self._engine.embed(ids)
+        """A vector ``(hidden_size,)`` of unit length for ``text``: the mean of the model's final hidden states.
+
+        Raises:
+            UserError: for an empty text or one that does not fit the context, an engine that has no hidden states
+                (ONNX), states that are not finite (a damaged file), a closed model.
+        """
+        return self.submit_embedding(text).result()
+
+    def submit_embedding(self, prompt: str | Sequence[int]) -> Future[list[float]]:
+        """Queue :meth:`embed` for a text or its ids. The future may be cancelled before its turn.
+
+        Raises:
+            UserError: as :meth:`embed` does: for a bad prompt or a closed model here, else in the future.
+        """
+        return self._engine.embed(self._checked_prompt(prompt))
 
     def close(self) -> None:
-        """Free the model, at once: a generation that is under way in another thread ends in an error."""
+        """Free the model, at once: a generation that is under way ends in an error. A second call does nothing."""
         self._closed = True
-        with self._computing:
-            self._engine.close()
+        self._engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -148,47 +198,12 @@ class LanguageModel:
         if self._closed:
             raise UserError(f"the model {self.name} is closed; load it again")
 
-    def _pieces(self, prompt: str | Sequence[int], sampling: Mapping[str, Any]) -> Iterator[str]:
+    def _pieces(self, prompt: str | Sequence[int], sampling: SamplingOptions) -> Iterator[str]:
         chunks = self.stream(prompt, SamplingParams.of(**sampling))
         return (chunk.text for chunk in chunks if chunk.text)
 
-    def _stream(self, ids: list[int], params: SamplingParams, cancelled: Cancelled) -> Iterator[Chunk]:
-        budget = min(params.max_tokens or self.context_length, self.context_length - len(ids))
-        vocabulary, end_ids, text = self._vocabulary, self._engine.end_ids, TextStream(params.stop)
-        with self._take_turn(cancelled) as mine:
-            tokens = self._tokens(ids, params, cancelled) if mine else iter(())
-            for count, token in enumerate(tokens, start=1):
-                finish: FinishReason | None = None
-                if token in end_ids:
-                    piece, finish = text.finish(), "stop"
-                else:
-                    piece = text.push(vocabulary.token_bytes(token))
-                    if text.stopped:
-                        finish = "stop"
-                    elif count == budget:
-                        piece, finish = piece + text.finish(cut=True), "length"
-                if piece or finish:
-                    yield Chunk(
-                        text=piece,
-                        finish_reason=finish,
-                        num_prompt_tokens=len(ids),
-                        num_completion_tokens=count,
-                    )
-                if finish:
-                    return
-
-    def _tokens(self, ids: list[int], params: SamplingParams, cancelled: Cancelled) -> Iterator[int]:
-        """The engine's tokens until cancelled; an error once the model is closed."""
-        with closing(self._engine.tokens(ids, params, lambda: self._closed or cancelled())) as tokens:
-            while True:
-                with self._compute():
-                    token = next(tokens, None)
-                    self._check_open()
-                if token is None:
-                    return
-                yield token
-
-    def _check_prompt(self, ids: Sequence[int]) -> None:
+    def _checked_prompt(self, prompt: str | Sequence[int]) -> list[int]:
+        ids = self.text_prompt(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise UserError("the prompt is empty; give at least one token of text")
         size = self._vocabulary.vocab_size
@@ -201,26 +216,4 @@ class LanguageModel:
                 f"the prompt is {len(ids)} tokens and the context holds {self.context_length}, answer included; "
                 "shorten the prompt, or load the model with a larger context_length if it allows one"
             )
-
-    @contextmanager
-    def _take_turn(self, cancelled: Cancelled) -> Iterator[bool]:
-        """Wait for the generations of other threads; False when cancelled while waiting."""
-        if self._turn_of == threading.get_ident():  # waiting for oneself would be for ever
-            raise UserError("a stream of this model is still open in this thread; finish or close it first")
-        while not self._turn.acquire(timeout=POLL_SECONDS):
-            self._check_open()
-            if cancelled():
-                yield False
-                return
-        self._turn_of = threading.get_ident()
-        try:
-            yield True
-        finally:
-            self._turn_of = None
-            self._turn.release()
-
-    @contextmanager
-    def _compute(self) -> Iterator[None]:
-        with self._computing:
-            self._check_open()
-            yield
+        return ids

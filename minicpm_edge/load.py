@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
-    from minicpm_edge.engines.base import Engine
+    from minicpm_edge.engines.base import ModelRunner
     from minicpm_edge.formats.resolve import ModelRef
     from minicpm_edge.language_model import LanguageModel
 
@@ -31,22 +31,23 @@ def load(
     Args:
         model: as :func:`~minicpm_edge.formats.resolve.resolve_model` takes it; None is the newest run, else the demo
             model.
-        context_length: tokens of prompt and answer together; by default what the model was trained for (GGUF: at
-            most 8192, for the memory's sake).
-        threads: CPU threads to compute with; by default one for each real core.
+        context_length: tokens of prompt and answer together, 1 to 2**24; by default what the model was trained for
+            (GGUF: at most 8192, for the memory's sake).
+        threads: CPU threads to compute with, 1 to 1024; by default one for each real core.
         root: where runs are.
 
     Raises:
         UserError: for no such model, a broken one, a setting out of range, or a runtime that is not installed.
     """
+    from minicpm_edge.engines.sequential import SequentialEngine
     from minicpm_edge.formats.resolve import resolve_model
     from minicpm_edge.language_model import LanguageModel
 
     _check("context_length", context_length, MAX_CONTEXT)
     _check("threads", threads, MAX_THREADS)
     found = resolve_model(model, root=root, demo=True)
-    engine = _engine(found, context_length, threads or default_threads())
-    return LanguageModel(engine, name=found.name)
+    runner = _runner(found, context_length, threads or default_threads())
+    return LanguageModel(SequentialEngine(runner), name=found.name)
 
 
 def default_threads() -> int:
@@ -65,23 +66,23 @@ def _container_cpus(cpu_max: Path) -> int | None:
         return None
 
 
-def _engine(found: ModelRef, context_length: int | None, threads: int) -> Engine:
+def _runner(found: ModelRef, context_length: int | None, threads: int) -> ModelRunner:
     if found.kind == "gguf":
         _require("llama_cpp", "serve", found)
-        from minicpm_edge.engines.llama_cpp import LlamaCppEngine
+        from minicpm_edge.engines.llama_cpp import LlamaCppRunner
         from minicpm_edge.formats.gguf_header import check_gguf
 
         check_gguf(found.path)
-        return LlamaCppEngine(found.path, context_length=context_length, threads=threads)
+        return LlamaCppRunner(found.path, context_length=context_length, threads=threads)
     if found.kind == "onnx":
         _require("onnxruntime", "serve", found)
-        from minicpm_edge.engines.onnx import OnnxEngine
+        from minicpm_edge.engines.onnx import OnnxRunner
 
-        return OnnxEngine(found.path, context_length=context_length, threads=threads)
+        return OnnxRunner(found.path, context_length=context_length, threads=threads)
     _require("torch", "train", found)
-    from minicpm_edge.engines.torch import TorchEngine
+    from minicpm_edge.engines.torch import TorchRunner
 
-    return TorchEngine(found.path, context_length=context_length, threads=threads)
+    return TorchRunner(found.path, context_length=context_length, threads=threads)
 
 
 def _require(package: str, extra: str, found: ModelRef) -> None:

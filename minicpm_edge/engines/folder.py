@@ -1,4 +1,4 @@
-"""What engines read from a model folder beside its weights: tokenizer, end tokens, context length."""
+"""What engines read from a model folder beside its weights: tokenizer, stop tokens, context length."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def end_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids at which generation ends: the tokenizer's, and those that config.json and generation_config.json name."""
     ids = set(tokenizer.stop_ids)
     for name in ("config.json", "generation_config.json"):

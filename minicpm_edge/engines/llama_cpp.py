@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import secrets
-import threading
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +14,17 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
+from minicpm_edge.engines.base import Cancelled, resolve_context_length
 from minicpm_edge.engines.llama_vocabulary import LlamaVocabulary
 from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
 
 BATCH = 128
 """Tokens a call. More is no faster on a CPU, and less of a prompt can be kept for the next."""
 DEFAULT_CONTEXT = 8192
 """Context where none is asked for, if the model was trained for as much: the KV cache of more can fill a laptop."""
-POLL_SECONDS = 0.02
 _ERROR, _ABORTED = 4, 2  # a ggml_log_level, a result of llama_decode
 
 _errors: deque[str] = deque(maxlen=8)
@@ -41,14 +39,14 @@ def _log(level: int, text: bytes, _: object) -> None:
 _keep_log = llama_cpp.llama_log_callback(_log)
 
 
-class LlamaCppEngine:
-    """One GGUF file in one llama.cpp context. See :class:`~minicpm_edge.engines.base.Engine`.
+class LlamaCppRunner:
+    """One GGUF file in one llama.cpp context. See :class:`~minicpm_edge.engines.base.ModelRunner`.
 
     Raises:
         UserError: when llama.cpp cannot load the file, or was asked for more context than the model was trained for.
     """
 
-    kind = "llama_cpp"
+    backend = "llama_cpp"
 
     def __init__(self, path: Path, *, context_length: int | None, threads: int) -> None:
         llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p())
@@ -62,7 +60,7 @@ class LlamaCppEngine:
         # Run once: by close(), when the engine is garbage, or at exit.
         self._free_model = weakref.finalize(self, llama_cpp.llama_model_free, self._model)
         trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
-        self.context_length = choose_context(context_length, trained, path, default=DEFAULT_CONTEXT)
+        self.context_length = resolve_context_length(context_length, trained, path, default=DEFAULT_CONTEXT)
         self._context: Any = llama_cpp.llama_init_from_model(self._model, self._context_params(threads))
         if not self._context:
             raise UserError(
@@ -73,18 +71,15 @@ class LlamaCppEngine:
         self._free_context = weakref.finalize(self, _free_context, self._context, self._batch)
         self._memory: Any = llama_cpp.llama_get_memory(self._context)
         self._prompts = PromptCache(BATCH)
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="llama_cpp")
-        self._abort = threading.Event()
-        self._abort_callback = llama_cpp.ggml_abort_callback(lambda _, aborted=self._abort.is_set: aborted())
         self.vocabulary = LlamaVocabulary(self._model)
 
     @property
-    def end_ids(self) -> frozenset[int]:
+    def stop_token_ids(self) -> frozenset[int]:
         """Every end-of-generation token llama.cpp knows for this file."""
-        return self.vocabulary.end_ids
+        return self.vocabulary.stop_token_ids
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.ModelRunner.tokens`."""
         if not self._prefill(prompt, cancelled):
             return
         with _sampler(params) as sampler:
@@ -96,7 +91,7 @@ class LlamaCppEngine:
                 self._decode([token], position)
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
-        """See :meth:`minicpm_edge.engines.base.Engine.embed`."""
+        """See :meth:`minicpm_edge.engines.base.ModelRunner.embed`."""
         width: int = llama_cpp.llama_model_n_embd(self._model)
         total_D = np.zeros(width)
         self._forget(0)
@@ -116,7 +111,6 @@ class LlamaCppEngine:
 
     def close(self) -> None:
         """Free the context and the model."""
-        self._worker.shutdown()
         self._free_context()
         self._free_model()
 
@@ -133,27 +127,15 @@ class LlamaCppEngine:
     def _prefill(self, prompt: Sequence[int], cancelled: Cancelled) -> bool:
         """Compute the prompt from the first batch that is not kept; False when cancelled."""
         start = self._forget(self._prompts.usable(prompt))
-        llama_cpp.llama_set_abort_callback(self._context, self._abort_callback, None)
+        abort = llama_cpp.ggml_abort_callback(lambda _: cancelled())
+        llama_cpp.llama_set_abort_callback(self._context, abort, None)
         try:
             for position, batch in self._prompts.batches(prompt, start):
-                if cancelled() or not self._decode_watched(batch, position, cancelled):
+                if cancelled() or not self._decode(batch, position):
                     return False
         finally:  # single tokens are soon done; asking Python at each of their operations would slow them down
             llama_cpp.llama_set_abort_callback(self._context, llama_cpp.ggml_abort_callback(), None)
         return True
-
-    def _decode_watched(self, tokens: Sequence[int], position: int, cancelled: Cancelled) -> bool:
-        """Decode in another thread, so that cancelling and Ctrl-C need not wait for it; False when aborted."""
-        self._abort.clear()
-        done = self._worker.submit(self._decode, tokens, position)
-        try:
-            while not wait([done], timeout=POLL_SECONDS).done:
-                if cancelled():
-                    self._abort.set()
-            return done.result()
-        finally:
-            self._abort.set()
-            wait([done])
 
     def _forget(self, length: int) -> int:
         """Drop everything from position ``length`` on; returns what is left (0 where a model cannot rewind)."""

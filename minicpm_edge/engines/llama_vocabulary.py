@@ -45,7 +45,7 @@ class LlamaVocabulary:
         return begin | self._markers(_CONTROL) | self._markers(_USER_DEFINED)
 
     @cached_property
-    def end_ids(self) -> frozenset[int]:
+    def stop_token_ids(self) -> frozenset[int]:
         """Every end-of-generation token llama.cpp knows for this file."""
         is_end = llama_cpp.llama_vocab_is_eog
         return frozenset(token for token in range(self.vocab_size) if is_end(self._vocab, token))

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
-from minicpm_edge.engines.folder import end_ids, load_tokenizer, trained_context
+from minicpm_edge.engines.base import Cancelled, resolve_context_length
+from minicpm_edge.engines.folder import load_tokenizer, stop_token_ids, trained_context
 from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.engines.sampling import Sampler
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.resolve import onnx_file
 
@@ -28,17 +29,17 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 Cache = Mapping[str, NDArray[Any]]
 
 
-class OnnxEngine:
-    """One graph in ONNX Runtime. See :class:`~minicpm_edge.engines.base.Engine`."""
+class OnnxRunner:
+    """One graph in ONNX Runtime. See :class:`~minicpm_edge.engines.base.ModelRunner`."""
 
-    kind = "onnx"
+    backend = "onnx"
 
     def __init__(self, path: Path, *, context_length: int | None, threads: int) -> None:
         """``path`` is a model folder, or the ``.onnx`` file in it or in its folder ``onnx``."""
         file, folder = onnx_file(path)
-        self.context_length = choose_context(context_length, trained_context(folder), folder)
+        self.context_length = resolve_context_length(context_length, trained_context(folder), folder)
         self.vocabulary = load_tokenizer(folder)
-        self.end_ids = end_ids(folder, self.vocabulary)
+        self.stop_token_ids = stop_token_ids(folder, self.vocabulary)
         self._session: Any = _open_session(file, threads)
         self._inputs = {entry.name: entry for entry in self._session.get_inputs()}
         self._outputs = [entry.name for entry in self._session.get_outputs()]
@@ -50,7 +51,7 @@ class OnnxEngine:
         self._kept: Cache = self._empty
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.ModelRunner.tokens`."""
         start = self._prompts.usable(prompt)
         cache: Cache = {name: past_BKTC[:, :, :start] for name, past_BKTC in self._kept.items()}
         self._kept = cache

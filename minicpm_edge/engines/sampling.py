@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from minicpm_edge.engines.base import SamplingParams
+from minicpm_edge.engines.sampling_params import SamplingParams
 
 Float64 = NDArray[np.float64]
 Ids = NDArray[np.intp]

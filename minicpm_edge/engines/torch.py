@@ -12,11 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from minicpm_edge.engines.base import Cancelled, SamplingParams, choose_context
-from minicpm_edge.engines.folder import end_ids, load_tokenizer
+from minicpm_edge.engines.base import Cancelled, resolve_context_length
+from minicpm_edge.engines.folder import load_tokenizer, stop_token_ids
 from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.engines.sampling import Sampler
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint
 from minicpm_edge.model.attention import KVCache
@@ -25,28 +26,28 @@ from minicpm_edge.model.transformer import MiniCPM
 BATCH = 256
 
 
-class TorchEngine:
-    """One folder in torch. See :class:`~minicpm_edge.engines.base.Engine`."""
+class TorchRunner:
+    """One folder in torch. See :class:`~minicpm_edge.engines.base.ModelRunner`."""
 
-    kind = "torch"
+    backend = "torch"
 
     def __init__(self, folder: Path, *, context_length: int | None, threads: int) -> None:
         torch.set_num_threads(threads)
         model = load_checkpoint(folder)
         config = model.config
-        self.context_length = choose_context(context_length, config.max_position_embeddings, folder)
+        self.context_length = resolve_context_length(context_length, config.max_position_embeddings, folder)
         self.vocabulary = load_tokenizer(folder)
         if self.vocabulary.vocab_size > config.vocab_size:
             raise UserError(
                 f"{folder}: the tokenizer has {self.vocabulary.vocab_size} tokens and the model only "
                 f"{config.vocab_size}; they do not belong together"
             )
-        self.end_ids = end_ids(folder, self.vocabulary)
+        self.stop_token_ids = stop_token_ids(folder, self.vocabulary)
         self._loaded: tuple[MiniCPM, KVCache] | None = (model, KVCache(config, 1, self.context_length))
         self._prompts = PromptCache(BATCH)
 
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
-        """See :meth:`minicpm_edge.engines.base.Engine.tokens`."""
+        """See :meth:`minicpm_edge.engines.base.ModelRunner.tokens`."""
         start = self._prompts.usable(prompt)
         _, cache = self._open()
         cache.truncate(start)
@@ -63,7 +64,7 @@ class TorchEngine:
             logits_V = self._logits([token])
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
-        """See :meth:`minicpm_edge.engines.base.Engine.embed`."""
+        """See :meth:`minicpm_edge.engines.base.ModelRunner.embed`."""
         model, _ = self._open()
         with torch.inference_mode():
             states_BTD = model.hidden(torch.tensor([list(tokens)]))
@@ -75,7 +76,7 @@ class TorchEngine:
         self._prompts.clear()
 
     def _open(self) -> tuple[MiniCPM, KVCache]:
-        assert self._loaded is not None, "LanguageModel does not use a closed engine"
+        assert self._loaded is not None, "the engine does not use a closed runner"
         return self._loaded
 
     def _logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:

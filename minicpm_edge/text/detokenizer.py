@@ -1,4 +1,7 @@
-"""From token bytes to text that may be shown: whole characters only, and never part of a stop string."""
+"""The incremental detokenizer: from token bytes to text that may be shown.
+
+Whole characters only, and never part of a stop string.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import codecs
 from collections.abc import Sequence
 
 
-class TextStream:
+class IncrementalDetokenizer:
     """Decodes UTF-8 as it arrives and holds back whatever may yet become a stop string.
 
     What comes out does not depend on how the bytes were cut into tokens: the text ends before the stop string that is

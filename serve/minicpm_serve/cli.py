@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from minicpm_edge.cli.command import Command
-from minicpm_edge.engines.base import SamplingParams
+from minicpm_edge.engines.sampling_params import SamplingOptions, SamplingParams
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
     from minicpm_edge.language_model import LanguageModel
-
-SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "stop", "seed")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,7 +102,10 @@ def _chat(arguments: argparse.Namespace) -> None:
 
     if arguments.json and arguments.prompt is None:
         raise UserError("--json prints one answer, so it goes with -p TEXT")
-    given = {name: getattr(arguments, name) for name in SAMPLING if getattr(arguments, name) is not None}
+    options = vars(arguments)
+    given: dict[str, Any] = {
+        name: options[name] for name in SamplingOptions.__annotations__ if options[name] is not None
+    }
     params = SamplingParams.of(**given)
     terminal.prepare_streams()
     with _load(arguments) as language_model:

@@ -81,5 +81,5 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn waits for answers to end; a long one would keep Ctrl-C waiting, so they are ended too.
         self.interrupted = sig == signal.SIGINT
-        self._app.state.generations.stop()
+        self._app.state.request_queue.stop()
         super().handle_exit(sig, frame)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import TextIO
 
-from minicpm_edge.engines.base import Chunk, SamplingParams
+from minicpm_edge.engines.base import Chunk
+from minicpm_edge.engines.generation import Generation
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
+from minicpm_edge.interrupts import on_interrupt
 from minicpm_edge.language_model import LanguageModel
 
 HELP = """\
@@ -36,13 +36,16 @@ class Conversation:
     params: SamplingParams
     system: str | None = None
     turns: list[Turn] = field(default_factory=list)
+    stopped: bool = False
+    """Whether the last answer was called off."""
+    _generation: Generation | None = None
 
     def reset(self, system: str | None) -> None:
         """Begin anew, under another system prompt."""
         self.system, self.turns = system, []
 
-    def ask(self, text: str, *, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
-        """The answer, chunk by chunk; both turns are kept once it ends, or is cancelled midway.
+    def ask(self, text: str) -> Iterator[Chunk]:
+        """The answer, chunk by chunk; both turns are kept once it ends, or is stopped midway.
 
         Where the conversation no longer fits the context, the oldest turns are left out of the prompt (and of
         ``turns``).
@@ -50,17 +53,28 @@ class Conversation:
         Raises:
             UserError: when even the last question alone does not fit.
         """
+        self.stopped = False
         turns = [*self.turns, _turn("user", text)]
         prompt = self._prompt(turns)
         while len(prompt) >= self.model.context_length and len(turns) > 2:
             del turns[:2]
             prompt = self._prompt(turns)
         pieces: list[str] = []
-        for chunk in self.model.stream(prompt, self.params, cancelled=cancelled):
-            pieces.append(chunk.text)
-            yield chunk
+        with self.model.stream(prompt, self.params) as self._generation:
+            if self.stopped:  # before there was anything to cancel
+                self._generation.cancel()
+            for chunk in self._generation:
+                pieces.append(chunk.text)
+                yield chunk
+        self._generation = None
         if pieces:
             self.turns = [*turns, _turn("assistant", "".join(pieces))]
+
+    def stop(self) -> None:
+        """Call the answer off that is being given. Callable from a signal handler."""
+        self.stopped = True
+        if self._generation is not None:
+            self._generation.cancel()
 
     def _prompt(self, turns: list[Turn]) -> list[int]:
         system = [_turn("system", self.system)] if self.system else []
@@ -76,13 +90,13 @@ def answer_once(conversation: Conversation, prompt: str, *, as_json: bool) -> No
     text = _read_all(sys.stdin) if prompt == "-" else prompt
     if not text.strip():
         raise UserError("the prompt is empty; give it as -p TEXT, or on standard input with -p -")
-    with _interrupts() as cancelled:
+    with on_interrupt(conversation.stop):
         chunks = []
-        for chunk in conversation.ask(_sendable(text), cancelled=cancelled):
+        for chunk in conversation.ask(_sendable(text)):
             chunks.append(chunk)
             if not as_json:
                 _write(chunk.text)
-    if cancelled():
+    if conversation.stopped:
         _write("\n")
         raise KeyboardInterrupt
     if as_json:
@@ -141,11 +155,11 @@ def _command(conversation: Conversation, command: str, rest: str) -> bool:
 
 def _answer(conversation: Conversation, message: str) -> None:
     before = len(conversation.turns)
-    with _interrupts() as cancelled:
-        for chunk in conversation.ask(message, cancelled=cancelled):
+    with on_interrupt(conversation.stop):
+        for chunk in conversation.ask(message):
             _write(chunk.text)
-    _write(" (stopped)\n" if cancelled() else "\n")
-    if len(conversation.turns) <= before and not cancelled():
+    _write(" (stopped)\n" if conversation.stopped else "\n")
+    if len(conversation.turns) <= before and not conversation.stopped:
         print("(the beginning of the conversation no longer fits and is forgotten)", file=sys.stderr)
 
 
@@ -172,23 +186,6 @@ def _messages(prompt: str) -> Iterator[str]:
         message, joined = _sendable(joined + line).strip(), ""
         if message:
             yield message
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], bool]]:
-    """While open, Ctrl-C sets a flag instead of unwinding the engine midway; a second one unwinds after all."""
-    pressed = threading.Event()
-
-    def handle(signal_number: int, frame: FrameType | None) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt
-        pressed.set()
-
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield pressed.is_set
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def prepare_streams() -> None:

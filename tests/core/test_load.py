@@ -27,7 +27,7 @@ def test_a_gguf_needs_no_torch(tiny_gguf, without):
     pytest.importorskip("llama_cpp")
     without("torch", "onnxruntime")
     with load(str(tiny_gguf), threads=1) as model:
-        assert (model.kind, model.name, model.context_length) == ("llama_cpp", "tiny", 512)
+        assert (model.backend, model.name, model.context_length) == ("llama_cpp", "tiny", 512)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_run_loads_its_checkpoint(tiny_folder, tmp_path):
     (run / "recipe.toml").touch()
     _copy(tiny_folder, run / "checkpoints" / "step-00000010")
     with load(root=tmp_path / "runs", threads=1) as model:
-        assert (model.kind, model.name) == ("torch", "alpha")
+        assert (model.backend, model.name) == ("torch", "alpha")
         assert model.chat_template is not None
 
 

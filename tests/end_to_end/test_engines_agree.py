@@ -26,7 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     _export(folder, "--onnx", graph)
     with ExitStack() as stack:
         yield {
-            model.kind: stack.enter_context(model)
+            model.backend: stack.enter_context(model)
             for model in (load(path, threads=1) for path in (folder, gguf, graph))
         }
 
@@ -95,25 +95,25 @@ def test_they_read_alike(models, text):
 def test_they_answer_alike(models, length):
     prompt = models["torch"].tokenize(pydoc_data.topics.topics["assert"])[:length]
     answers = {}
-    for kind, model in models.items():
-        tokens = model._engine.tokens(prompt, _greedy(), lambda: False)
-        answers[kind] = [token for token, _ in zip(tokens, range(20), strict=False)]
+    for backend, model in models.items():
+        tokens = model._engine._runner.tokens(prompt, _greedy(), lambda: False)
+        answers[backend] = [token for token, _ in zip(tokens, range(20), strict=False)]
     assert len(set(answers["torch"])) > 3  # not a model that repeats itself
     assert answers["torch"] == answers["onnx"] == answers["llama_cpp"]
 
 
 def test_they_end_alike(models):
-    assert len({model._engine.end_ids for model in models.values()}) == 1
+    assert len({model._engine.stop_token_ids for model in models.values()}) == 1
 
 
 def test_they_embed_alike(models):
     ours, theirs = (
-        models[kind].embed("the statement raises an exception") for kind in ("torch", "llama_cpp")
+        models[backend].embed("the statement raises an exception") for backend in ("torch", "llama_cpp")
     )
     assert sum(a * b for a, b in zip(ours, theirs, strict=True)) == pytest.approx(1, abs=1e-3)
 
 
 def _greedy():
-    from minicpm_edge.engines.base import SamplingParams
+    from minicpm_edge.engines.sampling_params import SamplingParams
 
     return SamplingParams(temperature=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
@@ -14,9 +14,10 @@ import uvicorn
 from minicpm_serve.app import create_app
 from minicpm_serve.settings import ServerSettings
 
-from minicpm_edge.engines.base import Chunk, SamplingParams, never_cancelled
-from minicpm_edge.errors import UserError
-from minicpm_edge.text.detokenizer import TextStream
+from minicpm_edge.engines.base import Cancelled
+from minicpm_edge.engines.sampling_params import SamplingParams
+from minicpm_edge.engines.sequential import SequentialEngine
+from minicpm_edge.language_model import LanguageModel
 
 MARKDOWN = """Here is **bold**, *italic* and `code`:
 
@@ -33,12 +34,34 @@ def greet(name):
 """
 
 
-@dataclass
-class FakeModel:
-    """A :class:`LanguageModel` whose tokens are bytes. It repeats what it is told, or what a script says."""
+class Bytes:
+    """A vocabulary of the 256 bytes and an end token, with a template of one line a message."""
 
-    name: str = "fake-1"
-    kind: str = "fake"
+    vocab_size, bos_id, adds_bos = 257, 256, False
+    bos_token = eos_token = "</s>"
+    special_tokens = {"</s>": 256}  # noqa: RUF012
+    chat_template = (
+        "{% for message in messages %}"
+        "{% if message.content == 'break the template' %}{{ raise_exception('cannot take this') }}{% endif %}"
+        "{{ message.role }}: {{ message.content }}\n"
+        "{% endfor %}assistant: "
+    )
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(token for token in ids if token < 256).decode(errors="replace")
+
+    def token_bytes(self, index: int) -> bytes:
+        return bytes([index]) if index < 256 else b""
+
+
+@dataclass
+class FakeRunner:
+    """Tokens are bytes. It repeats what it is told, or what a script says; slow on demand."""
+
+    backend: str = "fake"
     context_length: int = 2048
     seconds_a_token: float = 0.0
     seconds_to_read: float = 0.0
@@ -50,77 +73,33 @@ class FakeModel:
     prompts: list[str] = field(default_factory=list)
     params: list[SamplingParams] = field(default_factory=list)
     closed: bool = False
+    vocabulary = Bytes()
+    stop_token_ids = frozenset({256})
 
-    def tokenize(self, text: str, *, special: bool = False) -> list[int]:
-        return list(text.encode())
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        return bytes(ids).decode(errors="replace")
-
-    def text_prompt(self, text: str) -> list[int]:
-        return self.tokenize(text)
-
-    def chat_prompt(self, messages) -> list[int]:
-        if any(message["content"] == "break the template" for message in messages):
-            raise UserError("the chat template of fake-1 cannot take this conversation")
-        lines = [f"{message['role']}: {message['content']}\n" for message in messages]
-        return self.tokenize("".join(lines) + "assistant: ")
-
-    def stream(self, prompt, params: SamplingParams, *, cancelled=never_cancelled) -> Iterator[Chunk]:
-        text = prompt if isinstance(prompt, str) else self.detokenize(prompt)
-        if len(text.encode()) >= self.context_length:
-            raise UserError(
-                f"the prompt does not fit the context of {self.context_length} tokens; shorten it"
-            )
+    def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
+        text = self.vocabulary.decode(prompt)
         self.prompts.append(text)
         self.params.append(params)
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            yield from self._stream(text, params, cancelled)
+            if self._cancelled_within(self.seconds_to_read, cancelled):
+                return
+            for token in (*reply_to(text).encode(), 256):
+                if self._cancelled_within(self.seconds_a_token, cancelled):
+                    return
+                self.num_tokens += 1
+                yield token
         finally:
             self.num_running -= 1
 
-    def embed(self, text: str) -> list[float]:
-        return [float(len(text)), 0.5, -1.0]
+    def embed(self, tokens: Sequence[int]) -> list[float]:
+        return [float(len(tokens)), 0.5, -1.0]
 
     def close(self) -> None:
         self.closed = True
 
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.close()
-
-    def _stream(self, text: str, params: SamplingParams, cancelled: Callable[[], bool]) -> Iterator[Chunk]:
-        num_prompt = len(text.encode())
-        if self._cancelled_within(self.seconds_to_read, cancelled):
-            return
-        room = self.context_length - num_prompt
-        decoder, budget = TextStream(params.stop), min(params.max_tokens or room, room)
-        answer = reply_to(text).encode()
-        finish, count = "stop", 0
-        for count, byte in enumerate(answer, start=1):
-            if self._cancelled_within(self.seconds_a_token, cancelled):
-                return
-            self.num_tokens += 1
-            piece = decoder.push(bytes([byte]))
-            if piece:
-                yield Chunk(
-                    text=piece, finish_reason=None, num_prompt_tokens=num_prompt, num_completion_tokens=count
-                )
-            if decoder.stopped:
-                break
-            if count == budget:
-                finish = "length" if count < len(answer) else "stop"
-                break
-        tail = decoder.finish(cut=finish == "length")
-        yield Chunk(
-            text=tail, finish_reason=finish, num_prompt_tokens=num_prompt, num_completion_tokens=count
-        )
-
-    def _cancelled_within(self, seconds: float, cancelled: Callable[[], bool]) -> bool:
+    def _cancelled_within(self, seconds: float, cancelled: Cancelled) -> bool:
         end = time.monotonic() + seconds
         while not cancelled():
             if time.monotonic() >= end:
@@ -128,6 +107,17 @@ class FakeModel:
             time.sleep(min(0.005, seconds))
         self.num_cancelled += 1
         return True
+
+
+class FakeModel(LanguageModel):
+    """The product's own model and engine over a :class:`FakeRunner`, whose fields it shows."""
+
+    def __init__(self, **options: float) -> None:
+        self.runner = FakeRunner(**options)
+        super().__init__(SequentialEngine(self.runner), name="fake-1")
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.runner, name)
 
 
 def reply_to(prompt: str) -> str:
@@ -171,7 +161,7 @@ def run_server(model: FakeModel, **settings) -> Iterator[Running]:
     try:
         yield Running(f"http://127.0.0.1:{port}", model, server, app)
     finally:
-        app.state.generations.stop()
+        app.state.request_queue.stop()
         server.should_exit = True
         thread.join(10)
 

@@ -42,7 +42,7 @@ def test_a_chat_completion_has_openais_fields(client):
             "finish_reason": "stop",
         }
     ]
-    prompt, written = len("user: hello\nassistant: "), len("You said: hello")
+    prompt, written = len("user: hello\nassistant: "), len("You said: hello") + 1  # and the stop token
     assert answer["usage"] == {
         "prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written
     }  # fmt: skip
@@ -223,7 +223,7 @@ def test_a_prompt_longer_than_the_context_is_told_with_both_numbers(client, mode
 
 
 def test_max_tokens_beyond_the_context_end_where_the_context_ends(client, model):
-    model.context_length = 40
+    model.runner.context_length = 40
     choice = ask(client, "0123456789", max_tokens=1000).json()["choices"][0]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("You said: 01", "length")
 

@@ -19,7 +19,7 @@ from minicpm_serve import terminal
 from minicpm_serve.terminal import Conversation
 
 from minicpm_edge.cli.main import main
-from minicpm_edge.engines.base import SamplingParams
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
 
 
@@ -107,7 +107,7 @@ def test_a_line_that_goes_on(chat):
 
 
 def test_a_conversation_that_outgrows_the_context_loses_its_beginning(chat, model):
-    model.context_length = 120
+    model.runner.context_length = 120
     code, _, err = chat(text="".join(f"question {number}\n" for number in range(6)))
     assert code == 0
     assert "no longer fits" in err
@@ -119,7 +119,7 @@ def test_a_conversation_that_outgrows_the_context_loses_its_beginning(chat, mode
 def test_a_question_too_long_alone_is_refused(model):
     conversation = Conversation(model=model, params=SamplingParams())
     with pytest.raises(UserError, match="context"):
-        list(conversation.ask("x" * 3000, cancelled=lambda: False))
+        list(conversation.ask("x" * 3000))
     assert conversation.turns == []
 
 

@@ -37,7 +37,7 @@ def test_role_text_reason_and_usage_come_in_order(running):
     assert text_of(events) == "You said: hi"
     assert events[-2]["choices"][0]["finish_reason"] == "stop"
     assert events[-1]["choices"] == []
-    assert events[-1]["usage"]["completion_tokens"] == len("You said: hi")
+    assert events[-1]["usage"]["completion_tokens"] == len("You said: hi") + 1
     assert all(event["usage"] is None for event in events[:-1])
     assert len({event["id"] for event in events}) == 1
 
@@ -90,11 +90,11 @@ def test_leaving_while_it_reads_the_prompt_stops_the_generation(start, make_mode
 
 def test_leaving_while_waiting_gives_up_the_place(start, make_model, wait_until):
     server = start(make_model(seconds_a_token=0.01), max_waiting=1)
-    generations = server.app.state.generations
+    queue = server.app.state.request_queue
     with server.client() as first, server.client() as second, server.client() as third:
         with first.stream("POST", "/v1/chat/completions", json=body("count to 400", stream=True)):
-            leave_after(second, body("hi", stream=True), lambda: generations.num_waiting == 1, wait_until)
-            wait_until(lambda: generations.num_waiting == 0)
+            leave_after(second, body("hi", stream=True), lambda: queue.num_waiting == 1, wait_until)
+            wait_until(lambda: queue.num_waiting == 0)
         answer = third.post("/v1/chat/completions", json=body("me"))
     assert answer.json()["choices"][0]["message"]["content"] == "You said: me"
     assert len(server.model.prompts) == 2, "the one that left was never begun"
@@ -153,7 +153,7 @@ def test_many_at_once_take_turns_and_keep_their_own_answers(start, make_model):
 
 def test_a_full_queue_is_503_with_a_time_to_retry(start, make_model, wait_until):
     server = start(make_model(seconds_a_token=0.1), max_waiting=1)
-    generations = server.app.state.generations
+    queue = server.app.state.request_queue
 
     def ask():
         with server.client() as client:
@@ -162,10 +162,10 @@ def test_a_full_queue_is_503_with_a_time_to_retry(start, make_model, wait_until)
     with ThreadPoolExecutor(2) as pool:
         for number in (1, 2):
             pool.submit(ask)
-            wait_until(lambda: server.model.num_running + generations.num_waiting == number)  # noqa: B023
+            wait_until(lambda: server.model.num_running + queue.num_waiting == number)  # noqa: B023
         with server.client() as client:
             refused = client.post("/v1/chat/completions", json=body("hi"))
-        generations.stop()
+        queue.stop()
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "overloaded"
     assert 1 <= int(refused.headers["retry-after"]) <= 60
@@ -179,7 +179,7 @@ def test_shutting_down_ends_a_stream_with_an_error_event(start, make_model):
     ):
         lines = response.iter_lines()
         next(lines)
-        server.app.state.generations.stop()
+        server.app.state.request_queue.stop()
         last = [line for line in lines if line][-1]
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"
 

@@ -15,11 +15,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from minicpm_edge.engines.base import MAX_STOP_LENGTH, SamplingParams
+from minicpm_edge.engines.sampling_params import LIMITS, MAX_STOP_LENGTH, SamplingParams
 from minicpm_serve.api.errors import ApiError
 
 MAX_MESSAGES, MAX_PARTS, MAX_INPUTS, MAX_STOP = 4096, 256, 64, 4
-INT64 = 2**63
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -57,6 +56,11 @@ NEUTRAL: Mapping[str, tuple[object, ...]] = {
 _STRICT = ConfigDict(strict=True, frozen=True, extra="allow", allow_inf_nan=False, hide_input_in_errors=True)
 
 
+def _within(name: str, *, high: int | None = None) -> Any:
+    """An optional setting within the engine's limits; OpenAI's API ends some of them earlier, at ``high``."""
+    return Field(None, ge=LIMITS[name].low, le=LIMITS[name].high if high is None else high)
+
+
 class StreamOptions(BaseModel):
     """``stream_options``."""
 
@@ -88,13 +92,13 @@ class Sampling(BaseModel):
 
     model_config = _STRICT
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, lt=2**31)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, lt=2**31)
-    min_p: float | None = Field(None, ge=0, le=1)
+    max_tokens: int | None = _within("max_tokens")
+    temperature: float | None = _within("temperature", high=2)
+    top_p: float | None = _within("top_p")
+    top_k: int | None = _within("top_k")
+    min_p: float | None = _within("min_p")
     stop: str | list[str] | None = None
-    seed: int | None = Field(None, ge=-INT64, lt=INT64)
+    seed: int | None = _within("seed", high=2**63 - 1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -105,7 +109,7 @@ class Sampling(BaseModel):
 
     def sampling(self) -> SamplingParams:
         """The settings as the engine takes them; what the client left out has the engine's defaults."""
-        given = {
+        given: dict[str, Any] = {
             "max_tokens": self.token_limit(),
             "temperature": self.temperature,
             # 0 keeps only the likeliest token, and so does anything as small; the engine wants it above 0.
@@ -126,7 +130,7 @@ class ChatRequest(Sampling):
     """Body of ``POST /v1/chat/completions``."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
-    max_completion_tokens: int | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: int | None = _within("max_tokens")
 
     def token_limit(self) -> int | None:
         """``max_completion_tokens``, or ``max_tokens``, its older name."""

@@ -1,4 +1,4 @@
-"""The objects that completions are made of, whole and in chunks, field by field as OpenAI's API gives them."""
+"""Response schemas: completions whole and in chunks, field by field as OpenAI's API gives them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def usage(chunk: Chunk) -> Json:
     }
 
 
-class Answer(Protocol):
-    """How one route words what the model says."""
+class CompletionSchema(Protocol):
+    """The shape in which one route gives generated text."""
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
-        """The complete answer as one object."""
+        """The complete response as one object."""
 
     def opening(self) -> Json | None:
         """The chunk before any text, where the route has one."""
@@ -50,7 +50,7 @@ class _Common:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-class ChatAnswer(_Common):
+class ChatCompletion(_Common):
     """``/v1/chat/completions``."""
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
@@ -79,8 +79,8 @@ class ChatAnswer(_Common):
         return {"id": f"chatcmpl-{self.id}", "object": kind, "created": self.created, "model": self.model}
 
 
-class TextAnswer(_Common):
-    """``/v1/completions``: chunks and whole answers have the same shape."""
+class TextCompletion(_Common):
+    """``/v1/completions``: chunks and whole responses have the same shape."""
 
     def whole(self, chunks: Sequence[Chunk]) -> Json:
         return {**self._chunk(_text(chunks), chunks[-1].finish_reason), "usage": usage(chunks[-1])}

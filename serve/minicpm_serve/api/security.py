@@ -1,4 +1,4 @@
-"""The gate before every request: which Host, which web page, which key, how large a body.
+"""Security middleware, before every request: which Host, which web page, which key, how large a body.
 
 A local server is reachable from any web page that its user opens. Two checks keep those pages out. The Host header
 must name this server, so that a page whose own name was re-pointed at 127.0.0.1 (DNS rebinding) gets nothing. And a
@@ -33,7 +33,7 @@ SAFE_HEADERS = {
 PREFLIGHT_SECONDS = "600"
 
 
-class Guard:
+class SecurityMiddleware:
     """ASGI middleware; :class:`ServerSettings` says what it lets through."""
 
     def __init__(self, app: ASGIApp, settings: ServerSettings) -> None:

@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 from minicpm_edge.engines.base import Chunk
 from minicpm_edge.errors import UserError
 from minicpm_serve.api.errors import ApiError, as_api_error
-from minicpm_serve.api.responses import Answer, Json
+from minicpm_serve.api.responses import CompletionSchema, Json
 
 Event = TypeVar("Event")
 
@@ -53,7 +53,7 @@ class ListenedResponse(Response):
         raise NotImplementedError
 
 
-class WholeAnswer(ListenedResponse, Generic[Event]):
+class WholeResponse(ListenedResponse, Generic[Event]):
     """One JSON object made of all events, once the last is there."""
 
     def __init__(self, events: AsyncGenerator[Event], whole: Callable[[list[Event]], Json]) -> None:
@@ -72,9 +72,9 @@ class EventStream(ListenedResponse):
     A failure before the first is an HTTP error like any other; after it, an error event ends the stream.
     """
 
-    def __init__(self, chunks: AsyncGenerator[Chunk], answer: Answer, *, with_usage: bool) -> None:
+    def __init__(self, chunks: AsyncGenerator[Chunk], schema: CompletionSchema, *, with_usage: bool) -> None:
         super().__init__()
-        self._chunks, self._answer, self._with_usage = chunks, answer, with_usage
+        self._chunks, self._schema, self._with_usage = chunks, schema, with_usage
 
     async def _respond(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with aclosing(self._chunks) as chunks:
@@ -92,16 +92,16 @@ class EventStream(ListenedResponse):
 
     async def _events(self, first: Chunk, rest: AsyncGenerator[Chunk]) -> AsyncGenerator[bytes]:
         """``first`` comes before the prompt is read, so that the client knows at once that it has been heard."""
-        opening = self._answer.opening()
+        opening = self._schema.opening()
         if opening is not None:
             yield self._event(opening)
         last = first
         async for last in rest:
             if last.text:
-                yield self._event(self._answer.piece(last.text))
-        yield self._event(self._answer.ending(last.finish_reason))
+                yield self._event(self._schema.piece(last.text))
+        yield self._event(self._schema.ending(last.finish_reason))
         if self._with_usage:
-            yield event(self._answer.usage(last))
+            yield event(self._schema.usage(last))
         yield DONE
 
     def _event(self, data: Json) -> bytes:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from minicpm_edge import load
-from minicpm_edge.engines.base import SamplingParams
+from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
 from minicpm_edge.language_model import LanguageModel
 
@@ -29,14 +29,14 @@ def model(request: pytest.FixtureRequest) -> Iterator[LanguageModel]:
     package, fixture = ENGINES[request.param]
     pytest.importorskip(package)
     with load(request.getfixturevalue(fixture), threads=1) as loaded:
-        assert loaded.kind == request.param
+        assert loaded.backend == request.param
         yield loaded
 
 
 def answer(model: LanguageModel, prompt: list[int], **sampling) -> list[int]:
-    """The ids an engine gives for a prompt, end tokens included, however its text looks."""
+    """The ids a runner gives for a prompt, stop tokens included, however its text looks."""
     params = SamplingParams.of(**sampling)
-    tokens = model._engine.tokens(prompt, params, lambda: False)
+    tokens = model._engine._runner.tokens(prompt, params, lambda: False)
     return list(itertools.islice(tokens, params.max_tokens))
 
 
@@ -119,21 +119,22 @@ def test_bad_prompts(model, prompt):
 def test_cancelled_while_reading_the_prompt(model):
     prompt = [7, *long_prompt(model, 400)]  # no other test's beginning: nothing of it is cached
     polls = itertools.count()
-    chunks = list(model.stream(prompt, SamplingParams(**GREEDY), cancelled=lambda: next(polls) >= 1))
-    assert chunks == []
-    assert next(polls) == 2  # asked before the first batch and before the second, which is not computed
+    tokens = model._engine._runner.tokens(prompt, SamplingParams(**GREEDY), lambda: next(polls) >= 1)
+    assert list(tokens) == []
+    # Asked before the first batch and before the second, which is not computed; llama.cpp asks within a batch too.
+    assert next(polls) >= 2
     assert len(answer(model, prompt, **GREEDY)) == GREEDY["max_tokens"]
 
 
 def test_cancelled_while_answering(model):
-    gone = threading.Event()
     params = SamplingParams(temperature=1, top_k=0, min_p=0, seed=4)
     seen = 0
-    for chunk in model.stream("hello", params, cancelled=gone.is_set):
-        assert chunk.finish_reason is None
-        seen += 1
-        if seen == 3:
-            gone.set()
+    with model.stream("hello", params) as stream:
+        for chunk in stream:
+            assert chunk.finish_reason is None
+            seen += 1
+            if seen == 3:
+                stream.cancel()
     assert seen == 3
 
 
@@ -162,24 +163,20 @@ def test_chat_is_stream_joined(model):
     assert "".join(pieces) == whole
 
 
-def test_other_threads_wait_their_turn(model):
+def test_threads_and_open_streams_share_a_model(model):
     alone = model.generate("hello", seed=5, max_tokens=20)
-    stream = model.stream("the quick", SamplingParams(seed=1, max_tokens=20, temperature=2))
-    next(stream)
-    results: list[str] = []
-    thread = threading.Thread(target=lambda: results.append(model.generate("hello", seed=5, max_tokens=20)))
-    thread.start()
-    thread.join(0.2)
-    assert thread.is_alive() and not results
-    with pytest.raises(UserError, match="still open"):
-        model.generate("hello", max_tokens=1)
-    del stream  # an abandoned stream lets go
-    thread.join(10)
-    assert results == [alone]
+    params = SamplingParams(seed=1, max_tokens=20, temperature=2)
+    whole = [chunk.text for chunk in model.stream("the quick", params)]
+    stream = model.stream("the quick", params)
+    first = next(stream).text
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: model.generate("hello", seed=5, max_tokens=20), range(4)))
+    assert results == [alone] * 4
+    assert [first, *(chunk.text for chunk in stream)] == whole
 
 
 def test_embeddings_are_unit_vectors_of_the_text(model):
-    if model.kind == "onnx":
+    if model.backend == "onnx":
         with pytest.raises(UserError, match="embeddings"):
             model.embed("hello")
         return
@@ -223,7 +220,7 @@ def test_llama_cpp_prints_nothing(tiny_gguf, tmp_path):
 
 
 def test_a_context_can_be_smaller_than_trained_but_not_larger(model, request):
-    path = request.getfixturevalue(ENGINES[model.kind][1])
+    path = request.getfixturevalue(ENGINES[model.backend][1])
     with pytest.raises(UserError, match=f"context_length 100000 .* at most {model.context_length}"):
         load(path, context_length=100_000)
     with load(path, context_length=100, threads=1) as small:
@@ -244,9 +241,9 @@ def test_cancelled_within_a_batch_of_a_prompt(demo_gguf):
     with load(demo_gguf, threads=1, context_length=512) as model:
         prompt = model.tokenize("the lazy dog jumps over the quick brown fox. " * 40)[:128]
         polls = itertools.count()
-        stream = model.stream(prompt, SamplingParams(**GREEDY), cancelled=lambda: next(polls) >= 1)
-        assert list(stream) == []
-        assert next(polls) >= 2  # asked before the only batch and again during it
+        tokens = model._engine._runner.tokens(prompt, SamplingParams(**GREEDY), lambda: next(polls) >= 5)
+        assert list(tokens) == []
+        assert next(polls) == 6  # asked before the only batch and within it, until the answer was yes
         interrupted = model.generate("The capital of France is", **GREEDY)
     with load(demo_gguf, threads=1, context_length=512) as model:
         assert model.generate("The capital of France is", **GREEDY) == interrupted

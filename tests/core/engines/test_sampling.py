@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minicpm_edge.engines.base import SamplingParams
 from minicpm_edge.engines.sampling import Sampler, keep
+from minicpm_edge.engines.sampling_params import SamplingParams
 
 LOGITS = st.lists(st.integers(-40, 40).map(lambda value: value / 4), min_size=1, max_size=30)
 
