@@ -10,9 +10,9 @@ from fastapi import FastAPI
 from minicpm_edge.language_model import LanguageModel
 from minicpm_serve import page
 from minicpm_serve.api import errors
+from minicpm_serve.api.request_queue import RequestQueue
 from minicpm_serve.api.routes import OWNER, Routes
 from minicpm_serve.api.security import SecurityMiddleware
-from minicpm_serve.request_queue import RequestQueue
 from minicpm_serve.settings import ServerSettings
 
 

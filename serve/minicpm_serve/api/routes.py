@@ -10,6 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from minicpm_edge.language_model import LanguageModel
 from minicpm_serve.api.errors import ApiError
+from minicpm_serve.api.request_queue import MakePrompt, RequestQueue
 from minicpm_serve.api.requests import ChatRequest, CompletionRequest, EmbeddingRequest, Sampling, read_body
 from minicpm_serve.api.responses import (
     ChatCompletion,
@@ -19,7 +20,6 @@ from minicpm_serve.api.responses import (
     embedding_list,
 )
 from minicpm_serve.api.streaming import EventStream, ListenedResponse, WholeResponse
-from minicpm_serve.request_queue import MakePrompt, RequestQueue
 
 OWNER = "minicpm-edge"
 
