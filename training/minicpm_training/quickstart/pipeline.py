@@ -94,7 +94,7 @@ class Layout:
 
 
 def quickstart(out: Path, *, minutes: float) -> None:
-    """Run or go on with the quickstart in ``out``; raises :class:`UserError` where a step fails."""
+    """Run or resume the quickstart in ``out``; raises :class:`UserError` where a step fails."""
     started = time.monotonic()
     where = Layout(out=out)
     if out.exists() and not out.is_dir():
@@ -102,7 +102,7 @@ def quickstart(out: Path, *, minutes: float) -> None:
     _step("corpus: Python's standard library", where.corpus, lambda: _corpus(where))
     _step("tokenizer", where.tokenizer, lambda: _tokenizer(where))
     for name in ("source", "docs", "chats", "docs.valid"):
-        _step(f"token shards: {name}", where.data(name), partial(_prepare, where, name))
+        _step(f"tokenized dataset: {name}", where.data(name), partial(_prepare, where, name))
     deadline = started + minutes * 60 - SECONDS_AFTER_TRAINING
     _step("recipe for this machine", where.recipe, lambda: _recipe(where, deadline - time.monotonic()))
     _train(where, max(5.0, deadline - time.monotonic()))
@@ -125,11 +125,11 @@ def _command(*words: str | Path) -> None:
     print(f"  $ minicpm-edge {shlex.join(argv)}", flush=True)
     code = main(argv)
     if code == EXIT_INTERRUPTED:
-        print("the quickstart goes on from here when the same command is typed again", flush=True)
+        print("rerun the same command to resume the quickstart", flush=True)
         raise KeyboardInterrupt
     if code:
         raise UserError(
-            f"the step `minicpm-edge {argv[0]}` failed; mend it and run the quickstart again to go on"
+            f"`minicpm-edge {argv[0]}` failed, for the reason above; fix it, then rerun quickstart to resume"
         )
 
 
@@ -204,7 +204,7 @@ def _measure_speed(seconds: float = 6.0) -> float:
 
 
 def _train(where: Layout, seconds: float) -> None:
-    print("— train: stage 1 on source code, then the decay with docs and chats mixed in", flush=True)
+    print("— train: the trunk on source code, then the decay with docs and chats mixed in", flush=True)
     # The recipe's tokens fit the speed just measured; on a machine that then gets busy, the time still holds.
     limit = ("--minutes", f"{seconds / 60:.2f}")
     if (where.run / "recipe.toml").is_file():
@@ -239,7 +239,7 @@ def _export(where: Layout) -> Path:
         except UserError:
             if quant == QUANTS[-1]:
                 raise
-            print(f"  {quant} does not hold for this model (see above); the next type is tried", flush=True)
+            print(f"  {quant} failed verification, as shown above; trying the next type", flush=True)
         else:
             return path
     raise AssertionError("unreachable: the last type either returns or raises")
@@ -278,14 +278,14 @@ def _report(where: Layout, model: Path, answers: list[dict[str, str]], *, second
         "answers": answers,
     }
     write_text(where.out / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n")
-    print("\nWhat came of it")
+    print("\nResults")
     print(
         f"  held-out docs: {before:.3f} bits per byte before the decay stage, {after:.3f} after it "
         f"({before - after:+.3f} gained)"
     )
     print(f"  loss curve   : {where.run / 'loss.png'}")
     print(f"  model        : {model} ({model.stat().st_size / 1e6:.1f} MB), certificate beside it")
-    print("\nQuestions it never saw in training, answered by the exported file")
+    print("\nQuestions held out of training, answered by the exported file")
     for answer in answers:
         print(f"  Q: {answer['question']}\n  A: {answer['model']}\n     (the docs: {answer['answer']})")
     print(
@@ -294,7 +294,7 @@ def _report(where: Layout, model: Path, answers: list[dict[str, str]], *, second
     file, run = shlex.quote(str(model)), shlex.quote(str(where.run))
     print(f"  minicpm-edge chat {file}")
     print(f"  minicpm-edge serve {file}")
-    print(f"  minicpm-edge train --resume {run} --set schedule.stable_tokens=…    # the trunk goes on")
+    print(f"  minicpm-edge train --resume {run} --set schedule.stable_tokens=…    # continue the trunk")
 
 
 def _held_out_bits(where: Layout) -> tuple[float, float]:
