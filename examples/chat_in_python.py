@@ -1,9 +1,8 @@
-"""A local model inside an app: ``python examples/chat_in_python.py model.gguf "What does len do?"``."""
+"""A local model inside a program: ``python examples/chat_in_python.py model.gguf "What does len do?"``."""
 
 import sys
 
-from minicpm_edge import load
-from minicpm_edge.errors import UserError
+from minicpm_edge import UserError, load
 
 
 def main(model: str, question: str) -> None:
