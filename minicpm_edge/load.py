@@ -69,7 +69,7 @@ def _container_cpus(cpu_max: Path) -> int | None:
 def _runner(found: ModelRef, context_length: int | None, threads: int) -> ModelRunner:
     if found.kind == "gguf":
         _require("llama_cpp", "serve", found)
-        from minicpm_edge.engines.llama_cpp import LlamaCppRunner
+        from minicpm_edge.engines.llama_cpp.runner import LlamaCppRunner
         from minicpm_edge.formats.gguf_header import check_gguf
 
         check_gguf(found.path)

@@ -102,9 +102,8 @@ class OnnxRunner:
 
 
 def _open_session(file: Path, threads: int) -> Any:
-    os.environ["ORT_DISABLE_TELEMETRY"] = (
-        "1"  # read when the package is imported; its wheels report home otherwise
-    )
+    # Read when the package is imported; its wheels report home otherwise.
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 

@@ -1,21 +1,18 @@
-"""llama.cpp: runs a ``.gguf`` on any machine, through the low-level functions of llama-cpp-python."""
+"""One GGUF file in one llama.cpp context, a sequence at a time."""
 
 from __future__ import annotations
 
-import ctypes
-import secrets
 import weakref
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-import llama_cpp
 import numpy as np
 
 from minicpm_edge.engines.base import Cancelled, resolve_context_length
-from minicpm_edge.engines.llama_vocabulary import LlamaVocabulary
+from minicpm_edge.engines.llama_cpp.library import first_error, forget_errors, llama, start
+from minicpm_edge.engines.llama_cpp.sampler import sampler_chain
+from minicpm_edge.engines.llama_cpp.vocabulary import LlamaVocabulary
 from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.engines.sampling_params import SamplingParams
@@ -25,18 +22,7 @@ BATCH = 128
 """Tokens a call. More is no faster on a CPU, and less of a prompt can be kept for the next."""
 DEFAULT_CONTEXT = 8192
 """Context where none is asked for, if the model was trained for as much: the KV cache of more can fill a laptop."""
-_ERROR, _ABORTED = 4, 2  # a ggml_log_level, a result of llama_decode
-
-_errors: deque[str] = deque(maxlen=8)
-
-
-def _log(level: int, text: bytes, _: object) -> None:
-    if level == _ERROR:
-        _errors.append(text.decode("utf-8", errors="replace").strip())
-
-
-# llama.cpp prints nothing; what it says of an error is kept for the message of a failed load.
-_keep_log = llama_cpp.llama_log_callback(_log)
+_ABORTED = 2  # a result of llama_decode
 
 
 class LlamaCppRunner:
@@ -49,27 +35,25 @@ class LlamaCppRunner:
     backend = "llama_cpp"
 
     def __init__(self, path: Path, *, context_length: int | None, threads: int) -> None:
-        llama_cpp.llama_log_set(_keep_log, ctypes.c_void_p())
-        llama_cpp.llama_backend_init()
-        _errors.clear()
-        self._model: Any = llama_cpp.llama_model_load_from_file(
-            str(path).encode(), llama_cpp.llama_model_default_params()
+        start()
+        self._model: Any = llama.llama_model_load_from_file(
+            str(path).encode(), llama.llama_model_default_params()
         )
         if not self._model:
-            raise UserError(f"llama.cpp cannot load {path}: {_first_error()}")
+            raise UserError(f"llama.cpp cannot load {path}: {first_error()}")
         # Run once: by close(), when the engine is garbage, or at exit.
-        self._free_model = weakref.finalize(self, llama_cpp.llama_model_free, self._model)
-        trained: int = llama_cpp.llama_model_n_ctx_train(self._model)
+        self._free_model = weakref.finalize(self, llama.llama_model_free, self._model)
+        trained: int = llama.llama_model_n_ctx_train(self._model)
         self.context_length = resolve_context_length(context_length, trained, path, default=DEFAULT_CONTEXT)
-        self._context: Any = llama_cpp.llama_init_from_model(self._model, self._context_params(threads))
+        self._context: Any = llama.llama_init_from_model(self._model, self._context_params(threads))
         if not self._context:
             raise UserError(
-                f"llama.cpp cannot make a context of {self.context_length} tokens for {path}: {_first_error()}; "
+                f"llama.cpp cannot make a context of {self.context_length} tokens for {path}: {first_error()}; "
                 "a smaller context_length needs less memory"
             )
-        self._batch = llama_cpp.llama_batch_init(BATCH, 0, 1)
+        self._batch = llama.llama_batch_init(BATCH, 0, 1)
         self._free_context = weakref.finalize(self, _free_context, self._context, self._batch)
-        self._memory: Any = llama_cpp.llama_get_memory(self._context)
+        self._memory: Any = llama.llama_get_memory(self._context)
         self._prompts = PromptCache(BATCH)
         self.vocabulary = LlamaVocabulary(self._model)
 
@@ -82,9 +66,9 @@ class LlamaCppRunner:
         """See :meth:`minicpm_edge.engines.base.ModelRunner.tokens`."""
         if not self._prefill(prompt, cancelled):
             return
-        with _sampler(params) as sampler:
+        with sampler_chain(params) as sampler:
             for position in range(len(prompt), self.context_length):
-                token: int = llama_cpp.llama_sampler_sample(sampler, self._context, -1)
+                token: int = llama.llama_sampler_sample(sampler, self._context, -1)
                 yield token
                 if cancelled():
                     return
@@ -92,20 +76,20 @@ class LlamaCppRunner:
 
     def embed(self, tokens: Sequence[int]) -> list[float]:
         """See :meth:`minicpm_edge.engines.base.ModelRunner.embed`."""
-        width: int = llama_cpp.llama_model_n_embd(self._model)
+        width: int = llama.llama_model_n_embd(self._model)
         total_D = np.zeros(width)
         self._forget(0)
-        llama_cpp.llama_set_embeddings(self._context, True)
+        llama.llama_set_embeddings(self._context, True)
         try:
             for start in range(0, len(tokens), BATCH):
                 batch = tokens[start : start + BATCH]
                 self._decode(batch, start, every_output=True)
                 for index in range(len(batch)):
-                    state = llama_cpp.llama_get_embeddings_ith(self._context, index)
+                    state = llama.llama_get_embeddings_ith(self._context, index)
                     with np.errstate(invalid="ignore"):  # a damaged file's NaN is reported below
                         total_D += np.ctypeslib.as_array(state, shape=(width,))
         finally:
-            llama_cpp.llama_set_embeddings(self._context, False)
+            llama.llama_set_embeddings(self._context, False)
             self._forget(0)
         return unit_vector(total_D)
 
@@ -115,33 +99,33 @@ class LlamaCppRunner:
         self._free_model()
 
     def _context_params(self, threads: int) -> Any:
-        params = llama_cpp.llama_context_default_params()
+        params = llama.llama_context_default_params()
         params.n_ctx = self.context_length
         params.n_batch = params.n_ubatch = BATCH
         params.n_seq_max = 1
         params.n_threads = params.n_threads_batch = threads
-        params.pooling_type = llama_cpp.LLAMA_POOLING_TYPE_NONE  # embed() does its own
+        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # embed() does its own
         params.no_perf = True
         return params
 
     def _prefill(self, prompt: Sequence[int], cancelled: Cancelled) -> bool:
         """Compute the prompt from the first batch that is not kept; False when cancelled."""
         start = self._forget(self._prompts.usable(prompt))
-        abort = llama_cpp.ggml_abort_callback(lambda _: cancelled())
-        llama_cpp.llama_set_abort_callback(self._context, abort, None)
+        abort = llama.ggml_abort_callback(lambda _: cancelled())
+        llama.llama_set_abort_callback(self._context, abort, None)
         try:
             for position, batch in self._prompts.batches(prompt, start):
                 if cancelled() or not self._decode(batch, position):
                     return False
         finally:  # single tokens are soon done; asking Python at each of their operations would slow them down
-            llama_cpp.llama_set_abort_callback(self._context, llama_cpp.ggml_abort_callback(), None)
+            llama.llama_set_abort_callback(self._context, llama.ggml_abort_callback(), None)
         return True
 
     def _forget(self, length: int) -> int:
         """Drop everything from position ``length`` on; returns what is left (0 where a model cannot rewind)."""
-        if length and llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1):
+        if length and llama.llama_memory_seq_rm(self._memory, 0, length, -1):
             return length
-        llama_cpp.llama_memory_clear(self._memory, True)
+        llama.llama_memory_clear(self._memory, True)
         self._prompts.clear()
         return 0
 
@@ -156,45 +140,16 @@ class LlamaCppRunner:
             batch.seq_id[index][0] = 0
             batch.logits[index] = every_output
         batch.logits[len(tokens) - 1] = True
-        _errors.clear()
-        code: int = llama_cpp.llama_decode(self._context, batch)
+        forget_errors()
+        code: int = llama.llama_decode(self._context, batch)
         if code not in (0, _ABORTED):
             raise UserError(
-                f"llama.cpp failed at token {position} ({_first_error()}, code {code}); "
+                f"llama.cpp failed at token {position} ({first_error()}, code {code}); "
                 "if memory is short, a smaller context_length needs less"
             )
         return code == 0
 
 
-@contextmanager
-def _sampler(params: SamplingParams) -> Iterator[Any]:
-    """llama.cpp's sampler chain for one request, in the order that ``SamplingParams`` documents."""
-    chain: Any = llama_cpp.llama_sampler_chain_init(llama_cpp.llama_sampler_chain_default_params())
-    try:
-        if params.temperature == 0:
-            stages = [llama_cpp.llama_sampler_init_greedy()]
-        else:
-            seed = secrets.randbits(32) if params.seed is None else params.seed
-            stages = [
-                llama_cpp.llama_sampler_init_top_k(params.top_k),
-                llama_cpp.llama_sampler_init_top_p(params.top_p, 1),
-                llama_cpp.llama_sampler_init_min_p(params.min_p, 1),
-                llama_cpp.llama_sampler_init_temp(params.temperature),
-                # The one 32-bit value left out is LLAMA_DEFAULT_SEED, for which llama.cpp draws a seed of its own.
-                llama_cpp.llama_sampler_init_dist(seed % llama_cpp.LLAMA_DEFAULT_SEED),
-            ]
-        for stage in stages:
-            llama_cpp.llama_sampler_chain_add(chain, stage)
-        yield chain
-    finally:
-        llama_cpp.llama_sampler_free(chain)
-
-
 def _free_context(context: Any, batch: Any) -> None:
-    llama_cpp.llama_batch_free(batch)
-    llama_cpp.llama_free(context)
-
-
-def _first_error() -> str:
-    """What went wrong, without the name of the function that says so; the errors after it are consequences."""
-    return _errors[0].split(": ", 1)[-1] if _errors else "it gives no reason"
+    llama.llama_batch_free(batch)
+    llama.llama_free(context)

@@ -9,14 +9,13 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
-import llama_cpp
-
+from minicpm_edge.engines.llama_cpp.library import llama
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.chatml import chatml_for
 
 _PIECE_BYTES = 64
-_CONTROL = llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
-_USER_DEFINED = llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+_CONTROL = llama.LLAMA_TOKEN_ATTR_CONTROL
+_USER_DEFINED = llama.LLAMA_TOKEN_ATTR_USER_DEFINED
 _MARKER = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
@@ -24,14 +23,14 @@ class LlamaVocabulary:
     """:class:`~minicpm_edge.engines.base.Vocabulary` over a ``llama_vocab``; valid while its model is loaded."""
 
     def __init__(self, model: Any) -> None:
-        self._vocab: Any = llama_cpp.llama_model_get_vocab(model)
-        template: bytes | None = llama_cpp.llama_model_chat_template(model, None)
+        self._vocab: Any = llama.llama_model_get_vocab(model)
+        template: bytes | None = llama.llama_model_chat_template(model, None)
         self._template = template.decode("utf-8", errors="replace") if template else None
-        self.vocab_size: int = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self.bos_id: int = llama_cpp.llama_vocab_bos(self._vocab)
-        self.adds_bos: bool = self.bos_id >= 0 and llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        self.vocab_size: int = llama.llama_vocab_n_tokens(self._vocab)
+        self.bos_id: int = llama.llama_vocab_bos(self._vocab)
+        self.adds_bos: bool = self.bos_id >= 0 and llama.llama_vocab_get_add_bos(self._vocab)
         self.bos_token = self._text(self.bos_id)
-        self.eos_token = self._text(llama_cpp.llama_vocab_eos(self._vocab))
+        self.eos_token = self._text(llama.llama_vocab_eos(self._vocab))
 
     @cached_property
     def chat_template(self) -> str | None:
@@ -47,7 +46,7 @@ class LlamaVocabulary:
     @cached_property
     def stop_token_ids(self) -> frozenset[int]:
         """Every end-of-generation token llama.cpp knows for this file."""
-        is_end = llama_cpp.llama_vocab_is_eog
+        is_end = llama.llama_vocab_is_eog
         return frozenset(token for token in range(self.vocab_size) if is_end(self._vocab, token))
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
@@ -76,7 +75,7 @@ class LlamaVocabulary:
         return b"".join(map(self.token_bytes, self._encode("a", False))).startswith(b" ")
 
     def _markers(self, kind: int) -> dict[str, int]:
-        attributes = llama_cpp.llama_vocab_get_attr
+        attributes = llama.llama_vocab_get_attr
         found = (token for token in range(self.vocab_size) if attributes(self._vocab, token) & kind)
         texts = {self._text(token): token for token in found}
         if kind == _USER_DEFINED:  # others are words that some vocabularies add, runs of spaces for one
@@ -92,8 +91,8 @@ class LlamaVocabulary:
         data = text.encode("utf-8", errors="replace")
         capacity = len(data) + 2
         while True:
-            ids = (llama_cpp.llama_token * capacity)()
-            count: int = llama_cpp.llama_tokenize(self._vocab, data, len(data), ids, capacity, False, special)
+            ids = (llama.llama_token * capacity)()
+            count: int = llama.llama_tokenize(self._vocab, data, len(data), ids, capacity, False, special)
             if count >= 0:
                 return list(ids[:count])
             capacity = -count
@@ -105,7 +104,7 @@ class LlamaVocabulary:
         size = _PIECE_BYTES
         while True:
             buffer = ctypes.create_string_buffer(size)
-            length: int = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
+            length: int = llama.llama_token_to_piece(self._vocab, token, buffer, size, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             size = -length
