@@ -1,8 +1,8 @@
 """ONNX Runtime on the CPU: runs a decoder graph with its cache as inputs and outputs.
 
 The names are those that optimum, transformers.js and onnxruntime-genai use: ``input_ids``, ``attention_mask``,
-``past_key_values.N.key`` and ``.value`` (B, K, T, C) in; ``logits`` (B, T, V), ``present.N.key`` and ``.value`` out.
-Legend: B batch (1 here), K kv heads, T time, C head dimension, V vocabulary.
+``past_key_values.N.key`` and ``.value`` (B, K, S, C) in; ``logits`` (B, T, V), ``present.N.key`` and ``.value`` out.
+Legend: B batch (1 here), T time, S cache positions, K key/value heads, C head dim, V vocabulary.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class OnnxRunner:
     def tokens(self, prompt: Sequence[int], params: SamplingParams, cancelled: Cancelled) -> Generator[int]:
         """See :meth:`minicpm_edge.engines.base.ModelRunner.tokens`."""
         start = self._prompts.usable(prompt)
-        cache: Cache = {name: past_BKTC[:, :, :start] for name, past_BKTC in self._kept.items()}
+        cache: Cache = {name: past_BKSC[:, :, :start] for name, past_BKSC in self._kept.items()}
         self._kept = cache
         sampler, logits_V = Sampler(params), np.zeros(0, np.float32)
         for position, batch in self._prompts.batches(prompt, start):
@@ -83,10 +83,10 @@ class OnnxRunner:
     ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
         """Logits (V,) after the last of ``tokens``, which begin at ``position``, and the longer cache."""
         end = position + len(tokens)
-        feed = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, end), np.int64)}
+        inputs = {"input_ids": np.array([tokens], np.int64), "attention_mask": np.ones((1, end), np.int64)}
         if "position_ids" in self._inputs:
-            feed["position_ids"] = np.arange(position, end, dtype=np.int64)[None]
-        results = dict(zip(self._outputs, self._session.run(None, {**feed, **cache}), strict=True))
+            inputs["position_ids"] = np.arange(position, end, dtype=np.int64)[None]
+        results = dict(zip(self._outputs, self._session.run(None, {**inputs, **cache}), strict=True))
         logits_V: NDArray[np.float32] = results["logits"][0, -1, : self.vocabulary.vocab_size]
         return logits_V, {name: results[_present(name)] for name in cache}
 

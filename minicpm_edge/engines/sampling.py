@@ -1,7 +1,7 @@
 """Choosing the next token from logits, for the engines that compute them in Python (torch, ONNX).
 
 The filters are llama.cpp's, in its order, so that the same settings mean the same on every engine: top-k; top-p over
-the probabilities of what is left; min-p; then temperature and one draw. Legend: V vocabulary, K kept, best first.
+the probabilities of what is left; min-p; then temperature and one draw. Legend: V vocabulary.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class Sampler:
         )
         if self._params.temperature == 0 or not np.isfinite(clean_V).any():
             return int(clean_V.argmax())
-        ids_K = keep(clean_V, top_k=self._params.top_k, top_p=self._params.top_p, min_p=self._params.min_p)
-        cumulative_K = np.cumsum(_softmax(clean_V[ids_K] / self._params.temperature))
-        drawn = np.searchsorted(cumulative_K, self._random.random() * cumulative_K[-1], side="right")
-        return int(ids_K[min(int(drawn), len(ids_K) - 1)])
+        ids = keep(clean_V, top_k=self._params.top_k, top_p=self._params.top_p, min_p=self._params.min_p)
+        cumulative = np.cumsum(_softmax(clean_V[ids] / self._params.temperature))
+        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        return int(ids[min(int(drawn), len(ids) - 1)])
 
 
 def keep(logits_V: Float64, *, top_k: int, top_p: float, min_p: float) -> Ids:
@@ -40,29 +40,29 @@ def keep(logits_V: Float64, *, top_k: int, top_p: float, min_p: float) -> Ids:
 
     Every filter keeps a beginning of that order, so min-p can go before top-p, and few tokens are left to sort.
     """
-    ids_K = _likeliest(logits_V, top_k)
-    weights_K: Float64 = np.exp(logits_V[ids_K] - logits_V[ids_K].max())
-    total = weights_K.sum()
-    ids_K = ids_K[weights_K >= min_p]
-    ids_K = ids_K[np.argsort(-logits_V[ids_K], kind="stable")]
+    ids = _likeliest(logits_V, top_k)
+    weights: Float64 = np.exp(logits_V[ids] - logits_V[ids].max())
+    total = weights.sum()
+    ids = ids[weights >= min_p]
+    ids = ids[np.argsort(-logits_V[ids], kind="stable")]
     if top_p >= 1:
-        return ids_K
-    mass_K: Float64 = np.cumsum(np.exp(logits_V[ids_K] - logits_V[ids_K[0]])) / total
-    return ids_K[: int(np.searchsorted(mass_K, top_p)) + 1]
+        return ids
+    mass: Float64 = np.cumsum(np.exp(logits_V[ids] - logits_V[ids[0]])) / total
+    return ids[: int(np.searchsorted(mass, top_p)) + 1]
 
 
 def _likeliest(logits_V: Float64, top_k: int) -> Ids:
     """The ``top_k`` likeliest ids (all for 0), in no order; of equals at the edge, the lowest ids."""
-    ids_K = np.flatnonzero(logits_V > -np.inf)
-    if not 0 < top_k < len(ids_K):
-        return ids_K
-    logits_K = logits_V[ids_K]
-    least = np.partition(logits_K, -top_k)[-top_k]
-    above, equal = ids_K[logits_K > least], ids_K[logits_K == least]
+    ids = np.flatnonzero(logits_V > -np.inf)
+    if not 0 < top_k < len(ids):
+        return ids
+    logits = logits_V[ids]
+    least = np.partition(logits, -top_k)[-top_k]
+    above, equal = ids[logits > least], ids[logits == least]
     return np.concatenate([above, equal[: top_k - len(above)]])
 
 
-def _softmax(logits_K: Float64) -> Float64:
-    weights_K: Float64 = np.exp(logits_K - logits_K.max())
-    weights_K /= weights_K.sum()
-    return weights_K
+def _softmax(logits: Float64) -> Float64:
+    weights: Float64 = np.exp(logits - logits.max())
+    weights /= weights.sum()
+    return weights

@@ -19,10 +19,10 @@ from minicpm_edge.language_model import LanguageModel
 
 HELP = """\
 /reset          forget the conversation
-/system TEXT    set the system prompt and begin anew (without TEXT: none)
+/system TEXT    set the system prompt and start again (without TEXT: none)
 /help           this list
 /exit           leave (or Ctrl-D)
-Ctrl-C stops an answer. A line that ends in \\ goes on in the next."""
+Ctrl-C stops an answer. A line that ends in \\ continues in the next."""
 _CONTROLS = {code: None for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"}
 
 Turn = dict[str, object]
@@ -41,7 +41,7 @@ class Conversation:
     _generation: Generation | None = None
 
     def reset(self, system: str | None) -> None:
-        """Begin anew, under another system prompt."""
+        """Start again, under another system prompt."""
         self.system, self.turns = system, []
 
     def ask(self, text: str) -> Iterator[Chunk]:

@@ -233,7 +233,7 @@ def demo_gguf() -> Path:
 
 
 class Bytes:
-    """A vocabulary of the 256 bytes and an end token, 256."""
+    """A vocabulary of the 256 bytes and a stop token, 256."""
 
     vocab_size, bos_id, adds_bos = 257, 256, False
     bos_token = eos_token = "</s>"

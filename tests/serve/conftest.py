@@ -35,7 +35,7 @@ def greet(name):
 
 
 class Bytes:
-    """A vocabulary of the 256 bytes and an end token, with a template of one line a message."""
+    """A vocabulary of the 256 bytes and a stop token, with a template of one line a message."""
 
     vocab_size, bos_id, adds_bos = 257, 256, False
     bos_token = eos_token = "</s>"

@@ -1,4 +1,4 @@
-"""OpenAI's routes over one loaded model: what each reads, asks the queue for, and answers."""
+"""OpenAI's routes over one loaded model: what each reads, asks the queue for, and sends."""
 
 from __future__ import annotations
 
