@@ -41,7 +41,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (corpus / f"{name}.txt").write_text(text, encoding="utf-8")
     chat = {"messages": [*MESSAGES, {"role": "assistant", "content": "It repeats a block for each item."}]}
     (corpus / "chats.jsonl").write_text(f"{json.dumps(chat)}\n" * 200, encoding="utf-8")
-    run(root, "sh", EXAMPLES / "train_on_a_folder.sh", corpus, "0.3")
+    run(root, "sh", EXAMPLES / "train_on_a_folder.sh", corpus, "0.15")
     assert json.loads((root / "mine" / "certificate.json").read_text(encoding="utf-8"))
     return root
 
