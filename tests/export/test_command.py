@@ -81,6 +81,7 @@ def test_a_failure_leaves_the_old_export(form, failure, model, tmp_path, monkeyp
     assert content(tmp_path) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL")
 @pytest.mark.parametrize("form", ["gguf", "onnx"])
 def test_a_kill_leaves_the_old_export_and_the_next_one_cleans_up(form, model, tmp_path):
