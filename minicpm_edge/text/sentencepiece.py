@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from minicpm_edge.errors import UserError
 
 UNIGRAM, BPE = 1, 2
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 NEVER = -1e6  # the score of pieces that text cannot spell, "<unk>" and "<0x0A>" among them
 SPACE = "▁"
 MAX_MERGE_PIECE = 64  # characters; pieces are at most 16 long by default
@@ -85,8 +85,14 @@ def read_pieces(content: bytes) -> list[Piece]:
     return [_piece(value) for number, value in _fields(content) if number == 1]
 
 
-def convert(content: bytes, path: Path) -> tuple[str, dict[str, Any]]:
+def convert(content: bytes, path: Path, *, special: Container[str] = ()) -> tuple[str, dict[str, Any]]:
     """(tokenizer.json text, tokenizer_config.json content) that give the ids of SentencePiece file ``content``.
+
+    Args:
+        content: the bytes of the file.
+        path: its name, for messages.
+        special: pieces that the folder's settings mark as special: they are not found in plain text, even where the
+            file has them as user-defined.
 
     Raises:
         UserError: naming ``path``, when it is not a SentencePiece model of type BPE or unigram.
@@ -98,17 +104,19 @@ def convert(content: bytes, path: Path) -> tuple[str, dict[str, Any]]:
         normalizer: dict[int, Any] = dict(_fields(sections.get(3, b"")))
         if not pieces:
             raise ValueError("it holds no tokens")
-        return _build(pieces, trainer, normalizer)
+        return _build(pieces, trainer, normalizer, special)
     except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
         raise UserError(f"{path} is not a SentencePiece model: {error}") from error
 
 
 def _build(
-    pieces: list[Piece], trainer: dict[int, Any], normalizer: dict[int, Any]
+    pieces: list[Piece], trainer: dict[int, Any], normalizer: dict[int, Any], special: Container[str]
 ) -> tuple[str, dict[str, Any]]:
     kind, byte_fallback, unknown = trainer.get(3, UNIGRAM), bool(trainer.get(35, 0)), trainer.get(40, 0)
     bos, eos = (_signed(trainer.get(field, default)) for field, default in ((41, 1), (42, 2)))
-    user_defined = [piece.text for piece in pieces if piece.kind == USER_DEFINED]
+    user_defined = [
+        piece.text for piece in pieces if piece.kind == USER_DEFINED and piece.text not in special
+    ]
     if kind == BPE:
         model: Any = models.BPE(
             vocab={piece.text: index for index, piece in enumerate(pieces)},
@@ -134,7 +142,10 @@ def _build(
         )
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if adds_space else steps)
-    control = [piece.text for piece in pieces if piece.kind == CONTROL and piece.text]
+    specials = (piece for piece in pieces if piece.kind in (CONTROL, USER_DEFINED))
+    control = [
+        piece.text for piece in specials if piece.text and (piece.kind == CONTROL or piece.text in special)
+    ]
     backend.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in control])
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",

@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.json_file import read_json
+from minicpm_edge.text.added_tokens import add_declared, declared_tokens
 from minicpm_edge.text.chatml import CHATML_TEMPLATE, IM_END, IM_START
 from minicpm_edge.text.sentencepiece import convert
 
@@ -138,16 +139,31 @@ class Tokenizer:
         config = _read_config(folder)
         model = path if path.suffix == ".model" else folder / SENTENCEPIECE_FILE
         sentencepiece = model.read_bytes() if model.is_file() else None
+        declared = declared_tokens(folder, config)
         if path == model:
             assert sentencepiece is not None
-            definition, defaults = convert(sentencepiece, path)
-            return cls(definition, {**defaults, **config}, sentencepiece=sentencepiece)
+            special = {text for text, token in declared.items() if token["special"]}
+            definition, defaults = convert(sentencepiece, path, special=special)
+            config = {**defaults, **config}
+            declared = declared_tokens(folder, config)
+        else:
+            try:
+                definition = path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from error
         try:
-            return cls(path.read_text(encoding="utf-8"), config, sentencepiece=sentencepiece)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not a tokenizer.json: it is not UTF-8 text") from error
+            loaded = cls(definition, config, sentencepiece=sentencepiece)
+            if (complete := add_declared(definition, declared)) != definition:
+                loaded = cls(complete, config, sentencepiece=sentencepiece)
         except UserError as error:
             raise UserError(f"{path}: {error}") from error
+        for text, token in declared.items():
+            if loaded.vocab.get(text, token.get("id")) != token.get("id", loaded.vocab.get(text)):
+                raise UserError(
+                    f"{folder}: the token {text!r} has the id {token['id']} in its settings and "
+                    f"{loaded.vocab[text]} in {path.name}; they do not belong together"
+                )
+        return loaded
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` and ``tokenizer_config.json`` into ``folder`` (made if missing)."""

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.format import ExportedFile, ReadBack
 from minicpm_export.gguf.quantize import fallbacks, quantize, tensor_types
 from minicpm_export.gguf.runtime import LlamaRuntime
+from minicpm_export.gguf.tokenizer_check import compare_tokenizers
 from minicpm_export.gguf.writer import FLOAT_TYPES, write_gguf
 from minicpm_export.source import Source
 from minicpm_export.verify.compare import THRESHOLDS
-from minicpm_export.verify.windows import built_in_text
 
 UNQUANTISED = "unquantised.gguf"
-# Strings on which tokenizers differ most readily; the long list is in the tests.
-TOKENIZER_EDGE_CASES = (
-    "",
-    "  a  b\t\n\n c",
-    "naïve café 東京 ٣ 👩‍👩‍👧",
-    "<s></s><|im_end|>",
-    "x = 12345.678e-9 # don't",
-    "\r\n\0\x7f",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +48,15 @@ class GGUF:
         if self.quant not in FLOAT_TYPES:  # with tight limits: a wrong map cannot hide behind rounding
             full = scratch / UNQUANTISED
             read_backs.append(_read_back("before quantising", full, "F32", first_window_only=True))
+        failures, notes = compare_tokenizers(out, source.tokenizer)
         return [
             ExportedFile(
                 path=out,
                 quant=self.quant,
                 files=[out],
                 read_backs=read_backs,
-                failures=list(_tokenizer_failures(out, source.tokenizer)),
-                notes=fallbacks(tensor_types(out), self.quant),
+                failures=failures,
+                notes=[*notes, *fallbacks(tensor_types(out), self.quant)],
             )
         ]
 
@@ -79,11 +70,3 @@ def _read_back(
         open=lambda length: LlamaRuntime(file, context_length=length, defaults=defaults),
         first_window_only=first_window_only,
     )
-
-
-def _tokenizer_failures(file: Path, tokenizer: Tokenizer) -> Iterator[str]:
-    """A line for each string that llama.cpp's own tokenizer, read from the file, splits differently."""
-    with LlamaRuntime(file, context_length=32) as runtime:
-        for text in (*TOKENIZER_EDGE_CASES, built_in_text()):
-            if runtime.tokenize(text) != tokenizer.encode(text):
-                yield f"llama.cpp's tokenizer gives other ids than ours for {text[:40]!r}"

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from gguf import GGUFValueType, Keys, TokenType
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.text.sentencepiece import USER_DEFINED, read_pieces
 from minicpm_edge.text.tokenizer import PAD, SPLIT_PATTERN, Tokenizer
 
 U32, BOOL, STRING, ARRAY = (
@@ -53,6 +54,8 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]
     kinds = [TokenType.UNUSED] * config.vocab_size
     for token, index in tokenizer.vocab.items():
         texts[index], kinds[index] = token, TokenType.NORMAL
+    if tokenizer.sentencepiece is not None:
+        _mark_pieces(tokenizer, texts, kinds)
     for token in tokenizer.definition["added_tokens"]:
         kinds[token["id"]] = TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED
     if tokenizer.is_byte_level:
@@ -72,6 +75,21 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]
     yield Keys.Tokenizer.ADD_EOS, BOOL, False
     if tokenizer.chat_template:
         yield Keys.Tokenizer.CHAT_TEMPLATE, STRING, tokenizer.chat_template
+
+
+def _mark_pieces(tokenizer: Tokenizer, texts: Sequence[str], kinds: list[TokenType]) -> None:
+    """Kinds as the model's own ``tokenizer.model`` has them, where its pieces are the vocabulary's tokens."""
+    assert tokenizer.sentencepiece is not None
+    try:
+        pieces = read_pieces(tokenizer.sentencepiece)
+    except ValueError as error:
+        raise UserError(f"the model's tokenizer.model is not a SentencePiece model: {error}") from None
+    for index, piece in enumerate(pieces):
+        if index >= len(texts) or piece.text != texts[index] or not piece.text:
+            continue
+        # llama.cpp finds a user-defined token in any text. A tokenizer.json that came with the pieces may not.
+        if piece.kind != USER_DEFINED or index in tokenizer.encode(f"a{piece.text}a"):
+            kinds[index] = TokenType(piece.kind)
 
 
 def _byte_level(definition: Mapping[str, Any]) -> Iterator[Entry]:

@@ -2,14 +2,19 @@
 
 import json
 import pydoc_data.topics
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tokenizers
+from minicpm_export.gguf import writer
+from minicpm_export.gguf.format import GGUF
 from minicpm_export.gguf.runtime import LlamaRuntime
 from minicpm_export.gguf.tokenizer import tokenizer_keys
 from minicpm_export.gguf.writer import write_gguf
+from minicpm_export.pipeline import export
+from minicpm_export.source import Source
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicpm_edge.errors import UserError
@@ -127,6 +132,98 @@ def test_a_sentencepiece_tokenizer(make_model, small_config, tmp_path):
     assert not tokenizer.is_byte_level and tokenizer.adds_bos
     with foreign(tokenizer, small_config, make_model, tmp_path) as runtime:
         assert differences(runtime, tokenizer) == []
+
+
+MARKERS = ["<|im_start|>", "<AI>", "<用户>"]
+
+
+@pytest.fixture(scope="module")
+def user_defined(tmp_path_factory):
+    """A folder with a ``tokenizer.model`` of 600 pieces in which these markers are user-defined, and no settings."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    lines = [line for text in pydoc_data.topics.topics.values() for line in text.splitlines()]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=600,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        user_defined_symbols=MARKERS,
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    return folder
+
+
+DECODER = {
+    str(index): {"content": text, "special": True, "normalized": False, "lstrip": False, "rstrip": False}
+    for index, text in enumerate(["<unk>", "<s>", "</s>", *MARKERS[:2]])
+}
+# tokenizer_config.json, and the kinds of the three markers that must come out of it
+SETTINGS = {
+    "the pieces alone": ({}, [3, 4, 4]),
+    "added_tokens_decoder": ({"added_tokens_decoder": DECODER}, [3, 3, 4]),
+    "additional_special_tokens": ({"additional_special_tokens": MARKERS}, [3, 3, 3]),
+    "eos_token": ({"eos_token": {"content": "<AI>"}}, [3, 3, 4]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("as_json", [False, True], ids=["tokenizer.model", "with tokenizer.json"])
+@pytest.mark.parametrize("case", SETTINGS)
+def test_user_defined_pieces_keep_their_kind(case, as_json, user_defined, make_model, small_config, tmp_path):
+    """As published MiniCPM tokenizers have them: the export passes its verification, and llama.cpp finds them."""
+    settings, kinds = SETTINGS[case]
+    folder = tmp_path / "m"
+    shutil.copytree(make_model(vocab_size=608), folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "tokenizer.model").write_bytes((user_defined / "tokenizer.model").read_bytes())
+    tokenizer = Tokenizer.load(folder)
+    if as_json:
+        tokenizer.save(folder)
+        assert Tokenizer.load(folder).definition == tokenizer.definition
+    got = entries(Tokenizer.load(folder), replace(small_config, vocab_size=608))
+    assert got["tokenizer.ggml.token_type"][:3] == [2, 3, 3]
+    assert got["tokenizer.ggml.token_type"][3:6] == kinds
+    assert set(got["tokenizer.ggml.token_type"][6:262]) == {6} and set(
+        got["tokenizer.ggml.token_type"][600:]
+    ) == {5}
+    [made] = export(GGUF(quant="F32"), Source(folder=folder, name="m"), tmp_path / "m.gguf")
+    assert made.passed
+    assert bool(made.notes) == (4 in kinds)  # SentencePiece puts no space behind its own pieces
+    with LlamaRuntime(tmp_path / "m.gguf", context_length=32) as runtime:
+        assert differences(runtime, tokenizer) == []
+        for marker, kind in zip(MARKERS, kinds, strict=True):
+            assert (tokenizer.vocab[marker] in runtime.tokenize(f"a {marker} b")) == (kind == 4)
+            assert tokenizer.vocab[marker] in runtime.tokenize(f"a {marker} b", special=True)
+
+
+@pytest.mark.slow
+def test_a_marker_of_another_kind_is_caught(user_defined, make_model, tmp_path, monkeypatch):
+    """Written as NORMAL, llama.cpp would spell the marker in letters: the chat would be another."""
+    folder = tmp_path / "m"
+    shutil.copytree(make_model(), folder)
+
+    def all_normal(tokenizer, config):
+        for key, kind, value in tokenizer_keys(tokenizer, config):
+            is_kinds = key.endswith("token_type")
+            yield key, kind, [1 if entry == 3 else entry for entry in value] if is_kinds else value
+
+    monkeypatch.setattr(writer, "tokenizer_keys", all_normal)
+    with pytest.raises(UserError, match="as a special token"):
+        export(GGUF(quant="F32"), Source(folder=folder, name="m"), tmp_path / "m.gguf")
+
+
+def test_settings_that_contradict_the_tokenizer_are_refused(user_defined, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes((user_defined / "tokenizer.model").read_bytes())
+    decoder = {"9": {"content": "<AI>", "special": True}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder}))
+    with pytest.raises(UserError, match=r"'<AI>' has the id 9 in its settings and 4"):
+        Tokenizer.load(tmp_path)
 
 
 def entries(tokenizer, config):

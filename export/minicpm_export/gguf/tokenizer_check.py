@@ -1,0 +1,60 @@
+"""Compares llama.cpp's tokenizer, read from a GGUF, with the model's own, string by string."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from minicpm_edge.text.sentencepiece import USER_DEFINED, read_pieces
+from minicpm_edge.text.tokenizer import Tokenizer
+from minicpm_export.gguf.runtime import LlamaRuntime
+from minicpm_export.verify.windows import built_in_text
+
+# Strings on which tokenizers differ most readily; the long list is in the tests.
+TOKENIZER_EDGE_CASES = (
+    "",
+    "  a  b\t\n\n c",
+    "naïve café 東京 ٣ 👩‍👩‍👧",
+    "<s></s><|im_end|>",
+    "x = 12345.678e-9 # don't",
+    "\r\n\0\x7f",
+)
+# Models have a handful of them, or some hundreds that are all alike.
+MAX_ADDED_TOKENS = 64
+
+
+def compare_tokenizers(file: Path, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+    """(failures, notes), one line each: strings that llama.cpp splits differently.
+
+    Added tokens are looked for amid text, as plain text and as special tokens. A note, and no failure, is what GGUF
+    cannot say: llama.cpp's SentencePiece puts a space before all text that follows an added token.
+    """
+    num_spaced = 0
+    with LlamaRuntime(file, context_length=32) as runtime:
+        failures = [
+            f"llama.cpp's tokenizer gives other ids than ours for {text[:40]!r}"
+            for text in (*TOKENIZER_EDGE_CASES, built_in_text())
+            if runtime.tokenize(text) != tokenizer.encode(text)
+        ]
+        for token, index in added_tokens(tokenizer)[:MAX_ADDED_TOKENS]:
+            text = f"a{token}b"
+            apart = [*tokenizer.encode("a"), index, *tokenizer.encode("b")]
+            for special in (False, True):
+                got, expected = (
+                    runtime.tokenize(text, special=special),
+                    tokenizer.encode(text, special=special),
+                )
+                if got != expected and not (got == apart and index in expected):
+                    kind = "as a special token" if special else "in plain text"
+                    failures.append(f"llama.cpp reads {token!r} {kind} as other ids than ours")
+                num_spaced += got != expected and got == apart and index in expected
+    notes = ["llama.cpp puts a space before text that follows an added token, the tokenizer does not"]
+    return failures, notes if num_spaced else []
+
+
+def added_tokens(tokenizer: Tokenizer) -> list[tuple[str, int]]:
+    """(text, id) of the tokens that are no result of merging: special ones first, then the others that were added."""
+    added = {token["content"]: int(token["id"]) for token in tokenizer.definition["added_tokens"]}
+    pieces = read_pieces(tokenizer.sentencepiece) if tokenizer.sentencepiece is not None else ()
+    found = {piece.text: index for index, piece in enumerate(pieces) if piece.kind == USER_DEFINED}
+    found = {text: index for text, index in found.items() if tokenizer.vocab.get(text) == index}
+    return list((tokenizer.special_tokens | added | found).items())
