@@ -50,6 +50,7 @@ def export(
         reference = source.reference() if any(file.read_backs for file in files) else None
         model_sha256 = source.weights_sha256()
         for file in files:
+            assert file.path in file.files, f"{form} lists {file.path.name} without its size and hash"
             checks = _compare(file, reference, text.windows, report) if reference is not None else ()
             made = Certificate(
                 file=_name(file.path, temporary, out),

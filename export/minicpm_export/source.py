@@ -54,4 +54,5 @@ class Source:
 
     def weights_sha256(self) -> dict[str, str]:
         """SHA-256 of each file of weights, by its name."""
-        return {file.name: sha256(file) for file in sorted(self.folder.glob("*.safetensors"))}
+        files = sorted({tensor.file for tensor in self.state_dict().values()})
+        return {file.name: sha256(file) for file in files}

@@ -13,6 +13,7 @@ import torch
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import open_hf_state_dict
+from minicpm_edge.formats.resolve import WEIGHT_FILES
 from minicpm_edge.json_file import write_json
 from minicpm_export.format import ExportedFile, ReadBack
 from minicpm_export.hf.config import generation_config, granite_config
@@ -20,7 +21,7 @@ from minicpm_export.source import Source
 from minicpm_export.verify.compare import THRESHOLDS
 from minicpm_export.verify.torch_runtime import TorchRuntime
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = WEIGHT_FILES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,10 +45,11 @@ class HuggingFace:
             )
         tensors = source.state_dict()
         report("copying weights")
-        files = {tensor.file for tensor in tensors.values()}
-        for file in (*files, source.folder / INDEX):
-            if file.is_file():
-                shutil.copyfile(file, out / file.name)
+        files = sorted({tensor.file for tensor in tensors.values()})
+        if files != [source.folder / SINGLE]:
+            files.append(source.folder / INDEX)
+        for file in files:
+            shutil.copyfile(file, out / file.name)
         source.tokenizer.save(out)
         granite = self.architecture == "granite"
         entries = granite_config(source.config) if granite else source.config.to_dict()
@@ -64,7 +66,7 @@ class HuggingFace:
         )
         return [
             ExportedFile(
-                path=out / "model.safetensors",
+                path=next(out / name for name in WEIGHT_FILES if (out / name).is_file()),
                 quant="as stored",
                 files=sorted(out.iterdir()),
                 read_backs=[read_back],

@@ -10,6 +10,7 @@ from minicpm_export.pipeline import export
 from minicpm_export.source import Source
 from minicpm_export.verify import certificate
 
+from minicpm_edge.cli.main import main
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict, read_config, save_checkpoint
 from minicpm_edge.text.tokenizer import Tokenizer
@@ -52,24 +53,47 @@ def test_the_folder_is_complete_and_says_what_it_is(make_model, tmp_path):
     assert list(certificate.read(tmp_path / "out")["certificates"]) == ["model.safetensors"]
 
 
-def test_sharded_folders_are_copied_whole(make_model, tmp_path, monkeypatch):
+@pytest.fixture
+def sharded(make_model, tmp_path, monkeypatch):
+    """The small model in shards of 1 MB, as ours above 4 GB is written."""
     from minicpm_edge.formats import checkpoint
 
     monkeypatch.setattr(checkpoint, "MAX_SHARD_BYTES", 1 << 20)
-    save_checkpoint(tmp_path / "source", load_checkpoint(make_model()), tokenizer=make_model())
-    shards = sorted(file.name for file in (tmp_path / "source").glob("*.safetensors"))
+    save_checkpoint(tmp_path / "sharded", load_checkpoint(make_model()), tokenizer=make_model())
+    return tmp_path / "sharded"
+
+
+def test_sharded_folders_are_copied_whole(sharded, tmp_path, monkeypatch, capsys):
+    """By the command, which also prints the certificate: it goes by the name of the index."""
+    monkeypatch.chdir(tmp_path)
+    shards = sorted(file.name for file in sharded.glob("*.safetensors"))
     assert len(shards) > 2
-    [made] = export(HuggingFace(), Source(folder=tmp_path / "source", name="m"), tmp_path / "out")
-    assert made.passed
-    assert sorted(file.name for file in (tmp_path / "out").glob("*.safetensors")) == shards
+    assert main(["export", "sharded", "--hf"]) == 0
+    out = tmp_path / "sharded-hf"
+    assert sorted(file.name for file in out.glob("*.safetensors")) == shards
+    [(name, entry)] = certificate.read(out)["certificates"].items()
+    assert name == "model.safetensors.index.json" and entry["verdict"] == "pass"
+    assert {name, *shards} <= set(entry["sha256"]) and set(entry["model_sha256"]) == set(shards)
+    assert entry["sha256"][name] in capsys.readouterr().out
+    assert main(["export", "sharded", "--hf"]) == 0  # an export of ours is replaced
+    assert main(["export", "sharded-hf", "--gguf", "--quant", "F16"]) == 0
+
+
+def test_a_damaged_shard_is_caught(sharded, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf_format.shutil, "copyfile", flip_one_bit)
+    with pytest.raises(UserError, match="differs"):
+        export(HuggingFace(), Source(folder=sharded, name="m"), tmp_path / "m")
+    assert (tmp_path / "m.rejected").is_dir() and not (tmp_path / "m").exists()
+
+
+def flip_one_bit(source, target):
+    data = bytearray(source.read_bytes())
+    if source.suffix == ".safetensors":
+        data[-5] ^= 1
+    target.write_bytes(data)
 
 
 def test_a_damaged_copy_is_caught(make_model, tmp_path, monkeypatch):
-    def flip_one_bit(source, target):
-        data = bytearray(source.read_bytes())
-        data[-5] ^= 1
-        target.write_bytes(data)
-
     monkeypatch.setattr(hf_format.shutil, "copyfile", flip_one_bit)
     with pytest.raises(UserError, match="differs"):
         export(HuggingFace(), Source(folder=make_model(), name="m"), tmp_path / "m")
