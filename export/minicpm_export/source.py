@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 
 from minicpm_edge.formats.checkpoint import HFStateDict, open_hf_state_dict, read_config, sha256
+from minicpm_edge.formats.generation import GenerationSettings, read_generation
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.verify.compare import Runtime
@@ -39,6 +40,11 @@ class Source:
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
         return Tokenizer.load(self.folder)
+
+    @cached_property
+    def generation(self) -> GenerationSettings:
+        """How its text begins and ends, and the recommended sampling."""
+        return read_generation(self.folder, self.tokenizer)
 
     def state_dict(self) -> HFStateDict:
         """The weights by Hugging Face name, checked against the config; none is read yet."""

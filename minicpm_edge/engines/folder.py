@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.generation import read_generation
 from minicpm_edge.json_file import read_json
 from minicpm_edge.text.chatml import chatml_for
 from minicpm_edge.text.tokenizer import Tokenizer
@@ -20,13 +21,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def stop_token_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
     """Ids at which generation ends: the tokenizer's, and those that config.json and generation_config.json name."""
-    ids = set(tokenizer.stop_ids)
-    for name in ("config.json", "generation_config.json"):
-        named = read_json(folder / name, missing_ok=True).get("eos_token_id")
-        ids.update(
-            token for token in (named if isinstance(named, list) else [named]) if isinstance(token, int)
-        )
-    return frozenset(ids)
+    return frozenset(read_generation(folder, tokenizer).stop_ids)
 
 
 def trained_context(folder: Path) -> int:

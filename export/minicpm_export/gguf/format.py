@@ -48,7 +48,7 @@ class GGUF:
         if self.quant not in FLOAT_TYPES:  # with tight limits: a wrong map cannot hide behind rounding
             full = scratch / UNQUANTISED
             read_backs.append(_read_back("before quantising", full, "F32", first_window_only=True))
-        failures, notes = compare_tokenizers(out, source.tokenizer)
+        failures, notes = compare_tokenizers(out, source.tokenizer, source.generation)
         return [
             ExportedFile(
                 path=out,

@@ -88,6 +88,23 @@ class LlamaRuntime:
             raise RuntimeError(f"llama_tokenize asks for {-count} tokens for {len(data)} bytes")
         return list(buffer[:count])
 
+    def special_ids(self) -> dict[str, int]:
+        """Tokens that llama.cpp gives a meaning, by what it does with them; -1 where it has none."""
+        return {
+            "bos": llama_cpp.llama_vocab_bos(self._vocab),
+            "eos": llama_cpp.llama_vocab_eos(self._vocab),
+            "eot": llama_cpp.llama_vocab_eot(self._vocab),
+            "pad": llama_cpp.llama_vocab_pad(self._vocab),
+        }
+
+    def adds_bos(self) -> bool:
+        """Whether llama.cpp begins every text with the begin token."""
+        return bool(llama_cpp.llama_vocab_get_add_bos(self._vocab))
+
+    def ends_answer(self, token: int) -> bool:
+        """Whether llama.cpp stops generating at this token."""
+        return bool(llama_cpp.llama_vocab_is_eog(self._vocab, token))
+
     def close(self) -> None:
         """Free the model; a second call does nothing."""
         quiet_log()

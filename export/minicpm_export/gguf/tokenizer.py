@@ -10,12 +10,15 @@ from typing import Any
 from gguf import GGUFValueType, Keys, TokenType
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.generation import GenerationSettings
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.sentencepiece import USER_DEFINED, read_pieces
-from minicpm_edge.text.tokenizer import PAD, SPLIT_PATTERN, Tokenizer
+from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
-U32, BOOL, STRING, ARRAY = (
+U32, I32, F32, BOOL, STRING, ARRAY = (
     GGUFValueType.UINT32,
+    GGUFValueType.INT32,
+    GGUFValueType.FLOAT32,
     GGUFValueType.BOOL,
     GGUFValueType.STRING,
     GGUFValueType.ARRAY,
@@ -40,10 +43,24 @@ PRE_TOKENIZERS: Mapping[tuple[tuple[str, ...], bool], str] = {
 }
 # Tokens that end a turn, the likeliest first: llama.cpp stops at the one named in eot_token_id.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>")
+# generation_config.json → where llama.cpp's programs look for recommended sampling.
+SAMPLING_KEYS = {
+    "temperature": ("general.sampling.temp", F32),
+    "top_k": ("general.sampling.top_k", I32),
+    "top_p": ("general.sampling.top_p", F32),
+    "min_p": ("general.sampling.min_p", F32),
+    "repetition_penalty": ("general.sampling.penalty_repeat", F32),
+}
 
 
-def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]:
-    """Every ``tokenizer.*`` key. :class:`UserError` for a tokenizer that llama.cpp would read differently."""
+def tokenizer_keys(
+    tokenizer: Tokenizer, config: ModelConfig, generation: GenerationSettings
+) -> Iterator[Entry]:
+    """Every ``tokenizer.*`` and ``general.sampling.*`` key.
+
+    Raises:
+        UserError: for a tokenizer that llama.cpp would read differently.
+    """
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}: "
@@ -66,11 +83,17 @@ def tokenizer_keys(tokenizer: Tokenizer, config: ModelConfig) -> Iterator[Entry]
     yield Keys.Tokenizer.TOKEN_TYPE, ARRAY, [int(kind) for kind in kinds]
     yield Keys.Tokenizer.BOS_ID, U32, tokenizer.bos_id
     yield Keys.Tokenizer.EOS_ID, U32, tokenizer.eos_id
-    turn_ends = [token for token in END_OF_TURN if token in tokenizer.special_tokens]
-    if turn_ends:
-        yield Keys.Tokenizer.EOT_ID, U32, tokenizer.special_tokens[turn_ends[0]]
-    if PAD in tokenizer.special_tokens:
-        yield Keys.Tokenizer.PAD_ID, U32, tokenizer.special_tokens[PAD]
+    named = {text: index for text, index in tokenizer.special_tokens.items() if text in END_OF_TURN}
+    ends = [named[text] for text in END_OF_TURN if text in named]
+    ends += [index for index in generation.stop_ids if index not in (*ends, tokenizer.eos_id)]
+    # Two keys for all that end an answer beside the end of text; further ones llama.cpp knows by their names only.
+    for key, index in zip((Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), ends, strict=False):
+        yield key, U32, index
+    if generation.pad_id is not None:
+        yield Keys.Tokenizer.PAD_ID, U32, generation.pad_id
+    for name, (key, kind) in SAMPLING_KEYS.items():
+        if name in generation.sampling and generation.sampling.get("do_sample", True):
+            yield key, kind, generation.sampling[name]
     yield Keys.Tokenizer.ADD_BOS, BOOL, tokenizer.adds_bos
     yield Keys.Tokenizer.ADD_EOS, BOOL, False
     if tokenizer.chat_template:

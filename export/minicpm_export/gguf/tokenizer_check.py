@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
+from minicpm_edge.formats.generation import GenerationSettings
 from minicpm_edge.text.sentencepiece import USER_DEFINED, read_pieces
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.gguf.runtime import LlamaRuntime
@@ -22,7 +24,9 @@ TOKENIZER_EDGE_CASES = (
 MAX_ADDED_TOKENS = 64
 
 
-def compare_tokenizers(file: Path, tokenizer: Tokenizer) -> tuple[list[str], list[str]]:
+def compare_tokenizers(
+    file: Path, tokenizer: Tokenizer, generation: GenerationSettings
+) -> tuple[list[str], list[str]]:
     """(failures, notes), one line each: strings that llama.cpp splits differently.
 
     Added tokens are looked for amid text, as plain text and as special tokens. A note, and no failure, is what GGUF
@@ -47,8 +51,28 @@ def compare_tokenizers(file: Path, tokenizer: Tokenizer) -> tuple[list[str], lis
                     kind = "as a special token" if special else "in plain text"
                     failures.append(f"llama.cpp reads {token!r} {kind} as other ids than ours")
                 num_spaced += got != expected and got == apart and index in expected
-    notes = ["llama.cpp puts a space before text that follows an added token, the tokenizer does not"]
-    return failures, notes if num_spaced else []
+        failures += _wrong_ids(runtime, tokenizer, generation)
+        missed = [index for index in generation.stop_ids if not runtime.ends_answer(index)]
+    notes = []
+    if num_spaced:
+        notes.append("llama.cpp puts a space before text that follows an added token, the tokenizer does not")
+    # Keys for two of them beside the end of text; a file that lacks these is broken.
+    if missed and len(generation.stop_ids) <= 3:
+        failures.append(f"llama.cpp does not end an answer at the tokens {missed}")
+    elif missed:
+        notes.append(
+            f"llama.cpp has no key for more than three tokens that end an answer; left out: {missed}"
+        )
+    return failures, notes
+
+
+def _wrong_ids(runtime: LlamaRuntime, tokenizer: Tokenizer, generation: GenerationSettings) -> Iterator[str]:
+    got = runtime.special_ids()
+    for name, expected in (("bos", generation.bos_id), ("eos", tokenizer.eos_id), ("pad", generation.pad_id)):
+        if expected is not None and got[name] != expected:
+            yield f"llama.cpp's {name} token is {got[name]}, the model's {expected}"
+    if runtime.adds_bos() != tokenizer.adds_bos:
+        yield f"llama.cpp {'adds' if runtime.adds_bos() else 'leaves out'} the begin token, unlike the tokenizer"
 
 
 def added_tokens(tokenizer: Tokenizer) -> list[tuple[str, int]]:

@@ -6,7 +6,7 @@ Only one tensor is in memory at a time, and it is converted a few rows at a time
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from importlib.metadata import version
 from math import prod
 from pathlib import Path
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import HFStateDict, LazyTensor, open_hf_state_dict, read_config
+from minicpm_edge.formats.generation import read_generation
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_export.destination import MADE_BY_KEY
@@ -31,7 +32,7 @@ from minicpm_export.gguf.tensor_map import (
     rotary_order,
     tensor_specs,
 )
-from minicpm_export.gguf.tokenizer import tokenizer_keys
+from minicpm_export.gguf.tokenizer import Entry, tokenizer_keys
 
 CHUNK_BYTES = 2 << 20
 ALIGNMENT = 32
@@ -64,7 +65,8 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
     factors = frequency_factors(config)
     writer = GGUFWriter(out, ARCHITECTURE)
     try:
-        _add_keys(writer, config, tokenizer, quant=quant, name=name)
+        tokens = tokenizer_keys(tokenizer, config, read_generation(folder, tokenizer))
+        _add_keys(writer, (*architecture_keys(config), *tokens), quant=quant, name=name)
         for spec in specs:
             _add_info(writer, spec, tensors, quant)
         if factors is not None:
@@ -82,15 +84,13 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
             _write(file, [factors])
 
 
-def _add_keys(
-    writer: GGUFWriter, config: ModelConfig, tokenizer: Tokenizer, *, quant: str, name: str
-) -> None:
+def _add_keys(writer: GGUFWriter, entries: Iterable[Entry], *, quant: str, name: str) -> None:
     writer.add_type("model")
     writer.add_name(name)
     writer.add_file_type(FLOAT_TYPES[quant][0])
     writer.add_quantization_version(2)
     writer.add_key_value(MADE_BY_KEY, version("minicpm-edge"), GGUFValueType.STRING)
-    for key, kind, value in (*architecture_keys(config), *tokenizer_keys(tokenizer, config)):
+    for key, kind, value in entries:
         writer.add_key_value(key, value, kind)
 
 

@@ -1,11 +1,10 @@
-"""config.json and generation_config.json of an exported folder."""
+"""The config.json of a folder under another architecture's name."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from minicpm_edge.model.config import ModelConfig
-from minicpm_edge.text.tokenizer import PAD, Tokenizer
 
 # What Granite calls MiniCPM's scales (the two compute the same function) → how it is read off a config.
 GRANITE_KEYS: Mapping[str, Callable[[ModelConfig], float]] = {
@@ -22,14 +21,3 @@ def granite_config(config: ModelConfig) -> dict[str, object]:
     entries = {key: value for key, value in config.to_dict().items() if key not in MINICPM_KEYS}
     entries.update({key: read(config) for key, read in GRANITE_KEYS.items()})
     return {**entries, "architectures": ["GraniteForCausalLM"], "model_type": "granite"}
-
-
-def generation_config(config: ModelConfig, tokenizer: Tokenizer) -> dict[str, object]:
-    """generation_config.json: an answer ends at the end of the text or of the turn."""
-    entries: dict[str, object] = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": sorted({config.eos_token_id, *tokenizer.stop_ids}),
-    }
-    if PAD in tokenizer.special_tokens:
-        entries["pad_token_id"] = tokenizer.special_tokens[PAD]
-    return entries

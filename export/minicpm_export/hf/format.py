@@ -13,10 +13,11 @@ import torch
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import open_hf_state_dict
+from minicpm_edge.formats.generation import GENERATION_CONFIG
 from minicpm_edge.formats.resolve import WEIGHT_FILES
 from minicpm_edge.json_file import write_json
 from minicpm_export.format import ExportedFile, ReadBack
-from minicpm_export.hf.config import generation_config, granite_config
+from minicpm_export.hf.config import granite_config
 from minicpm_export.source import Source
 from minicpm_export.verify.compare import THRESHOLDS
 from minicpm_export.verify.torch_runtime import TorchRuntime
@@ -53,9 +54,10 @@ class HuggingFace:
         source.tokenizer.save(out)
         granite = self.architecture == "granite"
         entries = granite_config(source.config) if granite else source.config.to_dict()
+        entries["eos_token_id"] = ends[0] if len(ends := source.generation.stop_ids) == 1 else list(ends)
         stored = next(iter(tensors.values())).dtype
         write_json(out / "config.json", {**entries, "torch_dtype": str(stored).removeprefix("torch.")})
-        write_json(out / "generation_config.json", generation_config(source.config, source.tokenizer))
+        write_json(out / GENERATION_CONFIG, source.generation.to_dict())
 
     def exported(self, source: Source, out: Path, scratch: Path) -> Sequence[ExportedFile]:
         read_back = ReadBack(

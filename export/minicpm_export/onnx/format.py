@@ -15,11 +15,11 @@ from typing import ClassVar
 
 import onnx
 
+from minicpm_edge.formats.generation import GENERATION_CONFIG, GenerationSettings
 from minicpm_edge.json_file import write_json
 from minicpm_edge.model.config import ModelConfig
-from minicpm_edge.text.tokenizer import PAD, Tokenizer
 from minicpm_export.format import ExportedFile, ReadBack
-from minicpm_export.hf.config import generation_config, granite_config
+from minicpm_export.hf.config import granite_config
 from minicpm_export.onnx.graph import build
 from minicpm_export.onnx.runtime import OrtRuntime
 from minicpm_export.onnx.weights import MAX_INLINE_BYTES, Initializers
@@ -101,20 +101,20 @@ def _write_settings(folder: Path, source: Source, quants: Sequence[str], externa
         "use_external_data_format": {Path(FILES[quant][0]).name: 1 for quant in external},
     }
     write_json(folder / "config.json", entries)
-    write_json(folder / "generation_config.json", generation_config(config, tokenizer))
+    write_json(folder / GENERATION_CONFIG, source.generation.to_dict())
     smallest = FILES["INT8" if "INT8" in quants else "F32"][0]
-    write_json(folder / "genai_config.json", genai_config(config, tokenizer, smallest))
+    write_json(folder / "genai_config.json", genai_config(config, source.generation, smallest))
 
 
-def genai_config(config: ModelConfig, tokenizer: Tokenizer, file: str) -> dict[str, object]:
+def genai_config(config: ModelConfig, generation: GenerationSettings, file: str) -> dict[str, object]:
     """onnxruntime-genai's description of the graph. Type ``decoder`` is its name for any of this form."""
     names = ("key", "value")
     return {
         "model": {
             "type": "decoder",
-            "bos_token_id": config.bos_token_id,
-            "eos_token_id": sorted({config.eos_token_id, *tokenizer.stop_ids}),
-            "pad_token_id": tokenizer.special_tokens.get(PAD, config.eos_token_id),
+            "bos_token_id": generation.bos_id,
+            "eos_token_id": list(generation.stop_ids),
+            "pad_token_id": generation.stop_ids[0] if generation.pad_id is None else generation.pad_id,
             "context_length": config.max_position_embeddings,
             "vocab_size": config.vocab_size,
             "decoder": {
@@ -136,5 +136,9 @@ def genai_config(config: ModelConfig, tokenizer: Tokenizer, file: str) -> dict[s
                 },
             },
         },
-        "search": {"max_length": config.max_position_embeddings, "past_present_share_buffer": True},
+        "search": {
+            "max_length": config.max_position_embeddings,
+            "past_present_share_buffer": True,
+            **generation.sampling,
+        },
     }

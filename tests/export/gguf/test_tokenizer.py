@@ -18,6 +18,7 @@ from minicpm_export.source import Source
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.generation import read_generation
 from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "tokenizer_edge_cases.json"
@@ -208,8 +209,8 @@ def test_a_marker_of_another_kind_is_caught(user_defined, make_model, tmp_path, 
     folder = tmp_path / "m"
     shutil.copytree(make_model(), folder)
 
-    def all_normal(tokenizer, config):
-        for key, kind, value in tokenizer_keys(tokenizer, config):
+    def all_normal(*model):
+        for key, kind, value in tokenizer_keys(*model):
             is_kinds = key.endswith("token_type")
             yield key, kind, [1 if entry == 3 else entry for entry in value] if is_kinds else value
 
@@ -226,8 +227,9 @@ def test_settings_that_contradict_the_tokenizer_are_refused(user_defined, tmp_pa
         Tokenizer.load(tmp_path)
 
 
-def entries(tokenizer, config):
-    return {key: value for key, _, value in tokenizer_keys(tokenizer, config)}
+def entries(tokenizer, config, folder=Path("nothing")):
+    generation = read_generation(folder, tokenizer)
+    return {key: value for key, _, value in tokenizer_keys(tokenizer, config, generation)}
 
 
 def test_the_keys(tokenizer_folder, small_config):

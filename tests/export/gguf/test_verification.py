@@ -95,8 +95,8 @@ def test_a_right_export_passes_and_says_everything(quant, make_model, tmp_path):
 
 
 def test_another_tokenizer_in_the_file_is_caught(make_model, tmp_path, monkeypatch):
-    def reversed_merges(tokenizer, config):
-        for key, kind, value in tokenizer_keys(tokenizer, config):
+    def reversed_merges(*model):
+        for key, kind, value in tokenizer_keys(*model):
             yield key, kind, value[::-1] if key.endswith(".merges") else value
 
     monkeypatch.setattr(writer, "tokenizer_keys", reversed_merges)

@@ -16,6 +16,7 @@ from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict,
 from minicpm_edge.text.tokenizer import Tokenizer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "changes", [{}, {"tie_word_embeddings": False}, {"num_experts": 4, "num_experts_per_tok": 2}]
@@ -63,6 +64,7 @@ def sharded(make_model, tmp_path, monkeypatch):
     return tmp_path / "sharded"
 
 
+@pytest.mark.slow
 def test_sharded_folders_are_copied_whole(sharded, tmp_path, monkeypatch, capsys):
     """By the command, which also prints the certificate: it goes by the name of the index."""
     monkeypatch.chdir(tmp_path)
@@ -100,6 +102,7 @@ def test_a_damaged_copy_is_caught(make_model, tmp_path, monkeypatch):
     assert (tmp_path / "m.rejected").is_dir() and not (tmp_path / "m").exists()
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same_from_the_granite_folder(make_model, token_ids, tmp_path):
     transformers = pytest.importorskip("transformers")
     source = make_model(tie_word_embeddings=False)
