@@ -160,9 +160,18 @@ def test_a_wrong_name_is_found():
     assert list(missing_names("minicpm_edge.commands")) == []
 
 
-def test_the_recipe_on_the_training_page_is_one():
+def test_the_recipes_on_the_training_page_are_recipes():
     recipe = pytest.importorskip("minicpm_training.recipe.schema").Recipe
     page = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
-    parsed = recipe.model_validate(tomllib.loads(shown))
+    whole, stages, init = (
+        tomllib.loads(text) for text in re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    )
+    parsed = recipe.model_validate(whole)
     assert parsed.trunk_steps == 1221 and parsed.model.preset == "tiny"
+    del whole["data"]["decay"]
+    listed = recipe.model_validate({**whole, "schedule": {}, **stages})
+    assert [stage.name for stage in listed.plan.stages] == ["stable", "large batch", "decay", "chats"]
+    assert len(listed.plan.trunk) == 2
+    del whole["model"]
+    started = recipe.model_validate({**whole, **init})
+    assert started.init.untie and started.init.upcycle.experts == 8

@@ -23,7 +23,7 @@ WORDS = TEXT.split()
 
 
 def write_set(folder: Path, tokenizer: Tokenizer, texts: list[str]) -> Path:
-    """A prepared set of documents, in the format of minicpm_training.data.token_set."""
+    """A prepared set of documents, in the format of minicpm_training.data.tokenized_dataset."""
     documents = [[tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id] for text in texts]
     starts = np.cumsum([0, *(len(ids) for ids in documents[:-1])]).astype(np.int64)
     ids = np.concatenate([np.asarray(ids) for ids in documents]).astype("<u2")

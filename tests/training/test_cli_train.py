@@ -118,7 +118,7 @@ def test_dry_run_of_the_papers_models_needs_no_data(name, parameters, capsys):
             "longer than the model's context",
         ),
         (["--set", "model.vocab_size=100"], "smaller than the tokenizer's"),
-        (["--nproc", "3"], "4 rows of data.sequence_length 32, which 3 processes cannot share evenly"),
+        (["--nproc", "3"], "4 sequences of data.sequence_length 32, which 3 processes cannot share evenly"),
         (["--nproc", "2", "--set", "compile=true"], "compile is for one process"),
         (["--nproc", "0"], "give at least 1"),
     ],

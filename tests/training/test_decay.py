@@ -1,7 +1,7 @@
 """Decays branch from any kept trunk checkpoint, the trunk goes on, and both are to the bit what one run would be."""
 
 import pytest
-from minicpm_training.commands import decay_recipe
+from minicpm_training.recipe.branching import decay_recipe
 from minicpm_training.recipe.files import load_recipe
 from minicpm_training.session import Watcher, train_branch
 
@@ -13,7 +13,7 @@ from minicpm_edge.formats.resolve import resolve_model
 @pytest.fixture
 def branch_off(tmp_path):
     def branch_off(run, at, tokens, *settings):
-        recipe = decay_recipe(load_recipe(str(run.trunk.recipe_path)), at, tokens, None, settings)
+        recipe = decay_recipe(load_recipe(str(run.trunk.recipe_path)), at, tokens, settings)
         start = run.trunk.checkpoint(at)
         with (tmp_path / "log").open("w") as stream:
             watcher = Watcher(progress=Progress(stream))
@@ -48,20 +48,20 @@ def test_branching_and_going_on(make_recipe, train, branch_off, same_checkpoint,
 
 
 def test_the_decay_reads_its_own_mixture_where_the_trunk_stopped(make_recipe, workspace):
-    from minicpm_training.data.loader import open_feed
+    from minicpm_training.data.packed_dataloader import open_packed
 
     from minicpm_edge.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(workspace / "tok")
     recipe = make_recipe("schedule.stable_tokens=1280", "schedule.decay_tokens=640")
-    feed = open_feed(recipe, tokenizer)
-    origins = [[origin for batch in feed(step) for origin in batch.origins] for step in range(15)]
+    dataloader = open_packed(recipe, tokenizer)
+    origins = [[origin for batch in dataloader(step) for origin in batch.origins] for step in range(15)]
     trunk = [origin for step in origins[:10] for origin in step]
     decay = [origin for step in origins[10:] for origin in step]
     assert all(origin.startswith("a:") for origin in trunk) and len(set(trunk)) == 40
     from_a = [origin for origin in decay if origin.startswith("a:")]
-    assert 6 <= len(from_a) <= 7 and len(decay) == 20  # a third of the rows
-    assert not set(from_a) & set(trunk)  # no row twice before the set is through
+    assert 6 <= len(from_a) <= 7 and len(decay) == 20  # a third of the sequences
+    assert not set(from_a) & set(trunk)  # no sequence twice before the set is through
 
 
 def test_a_run_stands_for_its_newest_finished_decay(make_recipe, train, branch_off, tmp_path):
@@ -74,15 +74,15 @@ def test_a_run_stands_for_its_newest_finished_decay(make_recipe, train, branch_o
 def test_what_cannot_branch_is_refused(make_recipe):
     recipe = make_recipe()
     with pytest.raises(UserError, match="still in warm-up"):
-        decay_recipe(recipe, 2, 256, None, [])
+        decay_recipe(recipe, 2, 256, [])
     with pytest.raises(UserError, match="at least one token"):
-        decay_recipe(recipe, 10, 0, None, [])
+        decay_recipe(recipe, 10, 0)
     with pytest.raises(UserError, match="give --at and --tokens"):
-        decay_recipe(recipe, 10, 256, None, ["schedule.stable_tokens=1152"])
+        decay_recipe(recipe, 10, 256, ["schedule.stable_tokens=1152"])
     with pytest.raises(UserError, match=r"schedule\.peak_lr was 0\.01"):
-        decay_recipe(recipe, 10, 256, None, ["schedule.peak_lr=0.02"])
-    with pytest.raises(UserError, match="cosine run has no stable stage"):
-        decay_recipe(make_recipe("schedule.kind=cosine"), 10, 256, None, [])
+        decay_recipe(recipe, 10, 256, ["schedule.peak_lr=0.02"])
+    with pytest.raises(UserError, match="no stable stage to branch from"):
+        decay_recipe(make_recipe("schedule.kind=cosine"), 10, 256, [])
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from minicpm_training import distributed, evaluation
-from minicpm_training.data.loader import open_feed
+from minicpm_training.data.packed_dataloader import open_packed
 from minicpm_training.evaluation import Validation
 from minicpm_training.recipe.files import to_toml
 from minicpm_training.run import Run
@@ -207,7 +207,7 @@ def test_a_loss_that_is_not_finite_stops_all_with_one_line(start):
     out, error = process.communicate(timeout=300)
     assert process.returncode == 1 and not out
     (line,) = [line for line in error.splitlines() if not line.startswith("step ")]
-    assert line.startswith("error: update ") and "The last checkpoint is good" in line
+    assert line.startswith("error: step ") and "The last checkpoint is good" in line
     assert line.count("a:") == 4  # the rows of both
     verify_manifest(run.trunk.checkpoint(run.trunk.steps()[-1]))
 
@@ -218,7 +218,7 @@ def test_each_process_takes_its_rows_of_an_update(make_recipe, workspace, monkey
 
     def rows(rank, size):
         monkeypatch.setattr(distributed, "_place", distributed.Place(rank=rank, size=size))
-        return [batch.origins for batch in open_feed(recipe, tokenizer)(7)]
+        return [batch.origins for batch in open_packed(recipe, tokenizer)(7)]
 
     whole = [name for names in rows(0, 1) for name in names]
     for size in (2, 3, 6):

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from minicpm_training.objectives.base import Losses
 from minicpm_training.run import Run
 from minicpm_training.session import Session, Watcher, train_run
 from minicpm_training.state import read_state
@@ -21,7 +22,7 @@ def trainer(make_recipe, tmp_path):
 
 def weights_and_moments(trainer):
     tensors = [parameter.detach() for parameter in trainer.model.parameters()]
-    tensors += [value for state in trainer.optimizer.state.values() for value in state.values()]
+    tensors += trainer.optimizer.named_tensors().values()
     return [tensor.clone() for tensor in tensors]
 
 
@@ -31,15 +32,13 @@ def test_nothing_changes_and_the_batch_is_named(trainer, bad, where):
     for _ in range(3):
         trainer.train_step()
     before = weights_and_moments(trainer)
-    origins = [batch.describe() for batch in trainer.feed(3)]
+    origins = [batch.describe() for batch in trainer.dataloader(3)]
     if where == "loss":
         objective = trainer.objective
 
         def broken(batch):
-            loss = objective(batch)
-            return type(loss)(
-                total=loss.total, cross_entropy=loss.cross_entropy * bad, num_targets=loss.num_targets
-            )
+            losses = objective(batch)
+            return Losses(total=losses.total, metrics={"loss": losses.metrics["loss"] * bad})
 
         trainer.objective = broken
     else:
@@ -47,7 +46,7 @@ def test_nothing_changes_and_the_batch_is_named(trainer, bad, where):
     with pytest.raises(NonFiniteLossError) as failure:
         trainer.train_step()
     message = str(failure.value)
-    assert "update 4:" in message and all(origin in message for origin in origins)
+    assert "step 4:" in message and all(origin in message for origin in origins)
     assert ("the loss is" if where == "loss" else "the gradient's norm is") in message
     assert trainer.step == 3
     after = weights_and_moments(trainer)

@@ -2,13 +2,8 @@
 
 import pytest
 import torch
-from minicpm_training.optimizer import (
-    build_optimizer,
-    load_optimizer_tensors,
-    optimizer_tensors,
-    set_learning_rate,
-)
-from minicpm_training.recipe.schema import OptimizerSection
+from minicpm_training.optimizer import build_optimizer
+from minicpm_training.recipe.sections import OptimizerSection
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.config import ModelConfig
@@ -46,8 +41,10 @@ def test_rates_and_decay_by_role(rule, embedding_share):
     model = MiniCPM(CONFIG)
     model.init_weights(seed=0)
     optimizer = build_optimizer(model, CONFIG, OptimizerSection(weight_decay=0.3), embedding_rule=rule)
-    set_learning_rate(optimizer, 0.01)
-    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
+    optimizer.set_learning_rate(0.01)
+    found = {
+        id(p): (g["lr"], g["weight_decay"]) for g in optimizer.optimizers[0].param_groups for p in g["params"]
+    }
     expected = {
         "embedding.weight": (0.01 * embedding_share, 0.3),
         "layers.0.attention.qkv.weight": (0.0025, 0.3),
@@ -65,10 +62,10 @@ def test_rates_and_decay_by_role(rule, embedding_share):
     assert len(found) == len(parameters)  # every parameter is in exactly one group
 
 
-def test_one_update_is_adamws_formula():
+def test_one_step_is_adamws_formula():
     model, optimizer = make(weight_decay=0.1)
     weight = model.layers[0].attention.qkv.weight
-    set_learning_rate(optimizer, 0.01)
+    optimizer.set_learning_rate(0.01)
     before = weight.detach().clone()
     gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(1))
     for parameter in model.parameters():
@@ -85,14 +82,14 @@ def test_one_update_is_adamws_formula():
 
 def test_state_goes_round_to_the_bit():
     model, optimizer = make()
-    set_learning_rate(optimizer, 0.01)
+    optimizer.set_learning_rate(0.01)
     for seed in range(3):
         step(model, optimizer, seed)
-    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizer).items()}
+    saved = {name: tensor.clone() for name, tensor in optimizer.named_tensors().items()}
     twin, twin_optimizer = make(seed=9)
     twin.load_state_dict(model.state_dict())
-    load_optimizer_tensors(twin, twin_optimizer, saved)
-    set_learning_rate(twin_optimizer, 0.01)
+    twin_optimizer.load_named_tensors(saved)
+    twin_optimizer.set_learning_rate(0.01)
     for pair in ((model, optimizer), (twin, twin_optimizer)):
         step(*pair, seed=7)
     for name, parameter in model.named_parameters():
@@ -101,9 +98,9 @@ def test_state_goes_round_to_the_bit():
 
 def test_state_of_another_model_is_refused():
     model, optimizer = make()
-    set_learning_rate(optimizer, 0.01)
+    optimizer.set_learning_rate(0.01)
     step(model, optimizer, 0)
-    tensors = optimizer_tensors(model, optimizer)
+    tensors = optimizer.named_tensors()
     del tensors["norm.weight.exp_avg"]
     with pytest.raises(UserError, match=r"norm\.weight\.exp_avg is missing"):
-        load_optimizer_tensors(model, optimizer, tensors)
+        optimizer.load_named_tensors(tensors)

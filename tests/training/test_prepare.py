@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from minicpm_training.data.encoder import Encoder, cut
 from minicpm_training.data.prepare import prepare
-from minicpm_training.data.token_set import TokenSet
+from minicpm_training.data.tokenized_dataset import TokenizedDataset
 from minicpm_training.data.writer import SetWriter
 
 from minicpm_edge.cli import main as cli
@@ -47,7 +47,7 @@ def names_in(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
-def documents_of(tokens: TokenSet) -> list[list[int]]:
+def documents_of(tokens: TokenizedDataset) -> list[list[int]]:
     ids = tokens.read(0, tokens.num_tokens)
     return [part.tolist() for part in np.split(ids, tokens.document_starts[1:])]
 
@@ -56,7 +56,7 @@ def test_the_set_holds_exactly_the_tokenizers_ids(tmp_path, vocabulary):
     texts = [text for text in TOKENIZER_EDGE_CASES if text.strip()]
     source = write_lines(tmp_path / "a.jsonl", [{"text": text} for text in TOKENIZER_EDGE_CASES])
     manifest = prepare([source], tokenizer=vocabulary, out=tmp_path / "set")
-    tokens = TokenSet.open(tmp_path / "set")
+    tokens = TokenizedDataset.open(tmp_path / "set")
     assert documents_of(tokens) == [[1, *TOKENIZER.encode(text), 2] for text in texts]
     assert not manifest["has_mask"]
     assert manifest["num_bytes"] == sum(len(text.encode()) for text in texts)
@@ -69,7 +69,7 @@ def test_the_set_holds_exactly_the_tokenizers_ids(tmp_path, vocabulary):
 def test_chats_have_a_mask_and_texts_beside_them_count_whole(tmp_path, vocabulary):
     source = write_lines(tmp_path / "a.jsonl", [{"text": "before"}, {"messages": CHAT}, {"text": "after"}])
     assert prepare([source], tokenizer=vocabulary, out=tmp_path / "set")["has_mask"]
-    tokens = TokenSet.open(tmp_path / "set")
+    tokens = TokenizedDataset.open(tmp_path / "set")
     ids, mask = encode_chat_with_mask(TOKENIZER, CHAT)
     first, chat, last = documents_of(tokens)
     assert chat == [*ids, 2]
@@ -136,7 +136,7 @@ def test_only_a_set_of_ours_is_replaced(tmp_path, vocabulary):
     prepare([source], tokenizer=vocabulary, out=tmp_path / "set")
     write_lines(tmp_path / "a.jsonl", [{"text": "two"}])
     prepare([source], tokenizer=vocabulary, out=tmp_path / "set")
-    assert documents_of(TokenSet.open(tmp_path / "set")) == [[1, *TOKENIZER.encode("two"), 2]]
+    assert documents_of(TokenizedDataset.open(tmp_path / "set")) == [[1, *TOKENIZER.encode("two"), 2]]
     for out, message in ((tmp_path, "holds other files"), (tmp_path / "a.jsonl", "is a file")):
         with pytest.raises(UserError, match=message):
             prepare([source], tokenizer=vocabulary, out=out)
@@ -153,7 +153,7 @@ def test_shards_end_between_documents(tmp_path):
     assert [shard["num_tokens"] for shard in writer.shards] == [49, 99, 20]
     manifest = {"format": 1, "dtype": "uint16", "has_mask": True, "num_bytes": 1, "tokenizer_sha256": "x"}
     (tmp_path / "set" / "manifest.json").write_text(json.dumps({**manifest, "shards": writer.shards}))
-    tokens = TokenSet.open(tmp_path / "set")
+    tokens = TokenizedDataset.open(tmp_path / "set")
     assert documents_of(tokens) == [part.tolist() for part in parts]
     expected = [
         np.ones(len(part), bool) if mask is None else mask for part, mask in zip(parts, masks, strict=True)
@@ -235,7 +235,7 @@ def test_a_kill_leaves_the_old_set_or_none(tmp_path, vocabulary, old):
     names = names_in(out.parent)
     assert [name for name in names if not name.startswith(".set.tmp-")] == (["set"] if old else [])
     if old:
-        assert documents_of(TokenSet.open(out)) == [[1, *TOKENIZER.encode("old"), 2]]
+        assert documents_of(TokenizedDataset.open(out)) == [[1, *TOKENIZER.encode("old"), 2]]
     prepare([small], tokenizer=vocabulary, out=out)  # starts clean and clears up
     assert names_in(out.parent) == ["set"]
 

@@ -22,6 +22,7 @@ def losses(run: Run) -> list[float]:
     return [line["loss"] for line in run.trunk.metrics() if "loss" in line]
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_repetitive_corpus(make_recipe, train, workspace, tmp_path):
     recipe = make_recipe(
         f'data.stable=[{{path="{(workspace / "b").as_posix()}"}}]', "schedule.stable_tokens=10_240"

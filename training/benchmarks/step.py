@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 
 import torch
-from minicpm_training.data.batches import Batch
+from minicpm_training.data.packed_batch import PackedBatch
 from minicpm_training.hardware import dtype_of, environment, flops_per_token, peak_flops
-from minicpm_training.objectives.pretrain import pretraining
+from minicpm_training.objectives.next_token import next_token
 from minicpm_training.optimizer import build_optimizer
-from minicpm_training.recipe.schema import OptimizerSection
-from minicpm_training.schedule import WarmupStableDecay
+from minicpm_training.recipe.sections import OptimizerSection
+from minicpm_training.schedule import warmup_stable_decay
 from minicpm_training.trainer import Trainer
 
 from minicpm_edge.formats.checkpoint import hf_state_dict
@@ -61,7 +61,7 @@ def llama_config(name: str) -> ModelConfig:
     )
 
 
-def make_batch(name: str, seed: int, *, packed: bool) -> Batch:
+def make_batch(name: str, seed: int, *, packed: bool) -> PackedBatch:
     """Rows of random tokens: one document each, or ``packed`` with documents of a quarter of the row on average."""
     *_, vocabulary, rows, length = MODELS[name]
     generator = torch.Generator().manual_seed(seed)
@@ -70,7 +70,7 @@ def make_batch(name: str, seed: int, *, packed: bool) -> Batch:
     if packed:
         bounds |= set(torch.randint(1, rows * length, (3 * rows,), generator=generator).tolist())
     cu_seqlens = torch.tensor(sorted(bounds), dtype=torch.int32)
-    return Batch(
+    return PackedBatch(
         input_ids_BT=ids[:, :-1].contiguous(),
         targets_BT=ids[:, 1:].contiguous(),
         cu_seqlens=cu_seqlens,
@@ -83,13 +83,13 @@ def make_batch(name: str, seed: int, *, packed: bool) -> Batch:
 class Ours:
     """The step of ``minicpm-edge train``, as it is."""
 
-    def __init__(self, model: MiniCPM, batches: list[Batch], precision: str, compiled: bool) -> None:
+    def __init__(self, model: MiniCPM, batches: list[PackedBatch], precision: str, compiled: bool) -> None:
         self.trainer = Trainer(
             model=model,
             optimizer=build_optimizer(model, model.config, OptimizerSection()),
-            objective=pretraining(model, compile_model=compiled),
-            feed=lambda step: [batches[step % len(batches)]],
-            schedule=WarmupStableDecay(warmup_steps=0, stable_steps=1 << 30),
+            objective=next_token(model, compile_model=compiled),
+            dataloader=lambda step: [batches[step % len(batches)]],
+            schedule=warmup_stable_decay(warmup_steps=0, stable_steps=1 << 30),
             peak_lr=LR,
             clip_norm=CLIP,
             precision=precision,
@@ -98,14 +98,14 @@ class Ours:
         )
 
     def step(self) -> tuple[float, float]:
-        report = self.trainer.train_step()
-        return report.loss, report.grad_norm
+        metrics = self.trainer.train_step()
+        return metrics.loss, metrics.grad_norm
 
 
 class Theirs:
     """``LlamaForCausalLM`` in the loop that its documentation suggests."""
 
-    def __init__(self, ours: MiniCPM, batches: list[Batch], precision: str, compiled: bool) -> None:
+    def __init__(self, ours: MiniCPM, batches: list[PackedBatch], precision: str, compiled: bool) -> None:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = ours.config

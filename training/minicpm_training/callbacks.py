@@ -8,14 +8,14 @@ from typing import Any
 
 from minicpm_edge.cli.progress import Progress, duration
 from minicpm_training.run import Branch
-from minicpm_training.trainer import StepReport, Trainer
+from minicpm_training.trainer import StepMetrics, Trainer
 
-RATE_MEMORY = 0.9  # of the moving average behind the time left
+SMOOTHING = 0.9  # of the moving average behind the time left
 
 
 @dataclass(kw_only=True)
 class Metrics:
-    """One line of metrics.jsonl every ``every`` updates, and the progress line.
+    """One line of metrics.jsonl every ``every`` steps, and the progress line.
 
     ``mfu`` is the share of the machine's peak FLOP/s spent on the model's own arithmetic.
     """
@@ -24,33 +24,34 @@ class Metrics:
     progress: Progress
     every: int
     until_step: int
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]  # by the number of a step
     peak_flops: float
     sinks: tuple[Callable[[Mapping[str, Any]], None], ...] = ()
     _seconds_per_step: float = field(default=0.0, init=False)
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        rate = report.num_tokens / report.seconds
-        previous = self._seconds_per_step or report.seconds
-        self._seconds_per_step = RATE_MEMORY * previous + (1 - RATE_MEMORY) * report.seconds
-        if report.step % self.every == 0 or report.step == self.until_step:
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        tokens_per_second = metrics.num_tokens / metrics.seconds
+        previous = self._seconds_per_step or metrics.seconds
+        self._seconds_per_step = SMOOTHING * previous + (1 - SMOOTHING) * metrics.seconds
+        if metrics.step % self.every == 0 or metrics.step == self.until_step:
             line = {
-                "step": report.step,
-                "tokens": report.tokens,
-                "loss": report.loss,
-                "lr": report.lr,
-                "grad_norm": report.grad_norm,
-                "tokens_per_second": round(rate, 1),
-                "mfu": round(rate * self.flops_per_token / self.peak_flops, 4),
-                "stage": report.stage,
+                "step": metrics.step,
+                "tokens": metrics.tokens,
+                "loss": metrics.loss,
+                **metrics.others,
+                "lr": metrics.lr,
+                "grad_norm": metrics.grad_norm,
+                "tokens_per_second": round(tokens_per_second, 1),
+                "mfu": round(tokens_per_second * self.flops_per_token(metrics.step - 1) / self.peak_flops, 4),
+                "stage": metrics.stage,
             }
             self.branch.append_metrics(line)
             for sink in self.sinks:
                 sink(line)
-        left = duration((self.until_step - report.step) * self._seconds_per_step)
+        left = duration((self.until_step - metrics.step) * self._seconds_per_step)
         self.progress.update(
-            f"step {report.step}/{self.until_step}  {report.stage}  loss {report.loss:.4f}  lr {report.lr:.2e}  "
-            f"{rate:,.0f} tokens/s  {left} left"
+            f"step {metrics.step}/{self.until_step}  {metrics.stage}  loss {metrics.loss:.4f}  lr {metrics.lr:.2e}  "
+            f"{tokens_per_second:,.0f} tokens/s  {left} left"
         )
 
     def on_end(self, trainer: Trainer, *, finished: bool) -> None:
@@ -58,10 +59,10 @@ class Metrics:
 
 
 @dataclass(kw_only=True)
-class Every:
-    """Does something every ``every`` updates (0: never) and once when the loop ends.
+class PeriodicCallback:
+    """Does something every ``every`` steps (0: never) and once when the loop ends.
 
-    ``when_stopped`` says whether an end before the last update counts: a checkpoint then is worth its time,
+    ``when_stopped`` says whether an end before the last step counts: a checkpoint then is worth its time,
     an evaluation is not.
     """
 
@@ -70,8 +71,8 @@ class Every:
     when_stopped: bool = False
     _done_at: int = field(default=-1, init=False)
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None:
-        if self.every and report.step % self.every == 0:
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        if self.every and metrics.step % self.every == 0:
             self._act(trainer)
 
     def on_end(self, trainer: Trainer, *, finished: bool) -> None:

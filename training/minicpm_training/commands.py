@@ -22,6 +22,7 @@ from minicpm_edge.cli.table import format_table
 from minicpm_edge.errors import UserError
 from minicpm_training import distributed
 from minicpm_training.interrupts import stop_on_signals
+from minicpm_training.recipe.branching import decay_recipe
 from minicpm_training.recipe.compatibility import refuse_another_run
 from minicpm_training.recipe.files import load_recipe, saved_recipe, to_toml
 from minicpm_training.recipe.schema import Recipe
@@ -48,7 +49,7 @@ def _train(arguments: argparse.Namespace) -> int:
     if arguments.minutes is not None:
         if not arguments.minutes > 0:
             raise UserError(f"--minutes {arguments.minutes:g}: give more than 0")
-        if recipe.schedule.kind != "wsd":
+        if not recipe.plan.can_branch:
             raise UserError(
                 "--minutes is for schedule.kind 'wsd': a cosine's length must be known from the start"
             )
@@ -97,31 +98,10 @@ def _branching(arguments: argparse.Namespace) -> tuple[Run, int, Recipe]:
             f"{run.folder} keeps no trunk checkpoint of step {at}; there are: {kept} "
             "(checkpoint.keep and checkpoint.keep_every say which are kept)"
         )
-    recipe = decay_recipe(
-        saved_recipe(run.trunk.recipe_path), at, arguments.tokens, arguments.data, arguments.settings
-    )
+    sources = load_recipe(arguments.data).plan.stages[-1].sources if arguments.data is not None else ()
+    trunk = saved_recipe(run.trunk.recipe_path)
+    recipe = decay_recipe(trunk, at, arguments.tokens, arguments.settings, sources=sources)
     return run, at, recipe
-
-
-def decay_recipe(trunk: Recipe, at: int, tokens: int, data: str | None, settings: Sequence[str]) -> Recipe:
-    """The trunk's recipe cut at step ``at`` with a decay of ``tokens``: alone it would train the same model."""
-    if trunk.schedule.kind != "wsd":
-        raise UserError("a cosine run has no stable stage to branch from: decays are for schedule.kind 'wsd'")
-    if at < trunk.warmup_steps:
-        raise UserError(
-            f"step {at} is still in warm-up (it ends at {trunk.warmup_steps}): branch from a later one"
-        )
-    if tokens < 1:
-        raise UserError(f"--tokens {tokens}: a decay needs at least one token")
-    entries = tomllib.loads(to_toml(trunk))
-    if data is not None:
-        entries["data"]["decay"] = [source.model_dump() for source in _decay_sources(data)]
-    entries["schedule"] |= {"stable_tokens": at * trunk.batch_tokens, "decay_tokens": tokens}
-    recipe = load_recipe(entries, settings)
-    refuse_another_run(trunk, recipe, "this decay")
-    if recipe.trunk_steps != at or recipe.total_steps == at:
-        raise UserError("--set schedule.stable_tokens and decay_tokens: give --at and --tokens instead")
-    return recipe
 
 
 def list_runs(arguments: argparse.Namespace) -> int:
@@ -231,10 +211,6 @@ def _resumed(arguments: argparse.Namespace) -> tuple[Recipe, Run]:
     if run.trunk.steps():
         refuse_another_run(saved, recipe, f"the run {run.folder}")
     return recipe, run
-
-
-def _decay_sources(recipe: str) -> Sequence[Any]:
-    return load_recipe(recipe).data.decay_or_stable
 
 
 def _num_processes(arguments: argparse.Namespace, recipe: Recipe) -> int:

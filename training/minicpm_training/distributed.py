@@ -117,13 +117,14 @@ def check(recipe: Recipe, num_processes: int) -> None:
         return
     import torch
 
-    length, rows = recipe.data.sequence_length, recipe.rows_per_step
-    if rows % num_processes:
-        nearest = max(1, round(rows / num_processes)) * num_processes * length
-        raise UserError(
-            f"batch_tokens {recipe.batch_tokens} are {rows} rows of data.sequence_length {length}, which "
-            f"{num_processes} processes cannot share evenly: the nearest batch_tokens that they can is {nearest}"
-        )
+    for stage in recipe.plan.stages:
+        length, sequences = stage.sequence_length, stage.sequences_per_step
+        if sequences % num_processes:
+            nearest = max(1, round(sequences / num_processes)) * num_processes * length
+            raise UserError(
+                f"batch_tokens {stage.batch_tokens} are {sequences} sequences of data.sequence_length {length}, which "
+                f"{num_processes} processes cannot share evenly: the nearest batch_tokens that they can is {nearest}"
+            )
     if recipe.compile:
         raise UserError("compile is for one process: give --set compile=false, or leave --nproc out")
     if recipe.device not in ("auto", "cpu", "cuda"):

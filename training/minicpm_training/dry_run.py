@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,18 @@ from minicpm_edge.cli.progress import duration
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import count_parameters
 from minicpm_edge.text.tokenizer import Tokenizer
-from minicpm_training.data.token_set import TokenSet
+from minicpm_training.data.tokenized_dataset import TokenizedDataset
 from minicpm_training.hardware import choose_device, choose_precision, flops_per_token, peak_flops
-from minicpm_training.recipe.schema import Recipe, Source
-from minicpm_training.session import model_config
+from minicpm_training.recipe.plan import Stage
+from minicpm_training.recipe.schema import Recipe
+from minicpm_training.recipe.sections import Source
+from minicpm_training.start import model_config
 
 ASSUMED_MFU = 0.4
 # Python, torch and their scratch memory. With it the estimate was within 3 % of the peak seen on a CPU (tiny, 8,192
 # and 32,768 tokens a micro-batch, bf16 and fp32: 1.5 to 3.5 GiB).
 LIBRARY_BYTES = 1 << 30
-LOGIT_CHUNK_TOKENS = 4096  # rows of logits that the loss holds at once, at most
+LOGIT_CHUNK_TOKENS = 4096  # tokens of logits that the loss holds at once, at most
 
 
 def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
@@ -30,16 +32,16 @@ def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
     config, vocabulary = _config(recipe)
     schedule, steps = recipe.lr_schedule(), recipe.total_steps
     num_active = count_parameters(config, active=True)
-    per_token = flops_per_token(config, num_active, recipe.data.sequence_length)
+    stages = recipe.plan.stages
     device = choose_device(recipe.device)
     precision = choose_precision(recipe.precision, device)
     peak, peak_source = peak_flops(device, precision)
     if device.type == "cuda":  # one each; CPUs are shared
         peak *= num_processes
-    total_flops = per_token * steps * recipe.batch_tokens
-    stages = {"stable": (recipe.data.stable, recipe.trunk_steps)}
-    if recipe.schedule.decay_tokens:
-        stages["decay"] = (recipe.data.decay_or_stable, steps - recipe.trunk_steps)
+    total_flops = sum(
+        flops_per_token(config, num_active, stage.sequence_length) * stage.num_steps * stage.batch_tokens
+        for stage in stages
+    )
     marks = {
         "first": 0,
         "end of warm-up": max(0, recipe.warmup_steps - 1),
@@ -61,8 +63,12 @@ def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
         "steps": steps,
         "batch_tokens": recipe.batch_tokens,
         "num_processes": num_processes,
-        "micro_batches": -(-recipe.rows_per_step // num_processes // recipe.rows_per_micro_batch),
-        "tokens": steps * recipe.batch_tokens,
+        "micro_batches": -(
+            -stages[0].sequences_per_step
+            // num_processes
+            // stages[0].sequences_per_micro_batch(recipe.micro_batch_tokens)
+        ),
+        "tokens": recipe.plan.num_tokens(steps),
         "flops": total_flops,
         "device": str(device),
         "precision": precision,
@@ -79,11 +85,11 @@ def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
                 "lr": recipe.schedule.peak_lr * schedule.multiplier(step),
             }
             for name, step in marks.items()
-            if step < steps and (name != "middle of decay" or "decay" in stages)
+            if step < steps and (name != "middle of decay" or recipe.plan.branch)
         },
         "mixture": {
-            name: _mixture(sources, num_steps * recipe.batch_tokens)
-            for name, (sources, num_steps) in stages.items()
+            name: _mixture(stage.sources, stage.num_steps * stage.batch_tokens)
+            for name, stage in zip(_names(stages), stages, strict=True)
         },
     }
 
@@ -106,8 +112,14 @@ def memory(
     attention = (3 * heads + 3 * kv_heads) * config.head_dim
     feed_forward = 3 * config.intermediate_size * max(1, config.num_experts_per_tok)
     per_layer = size * (2 * config.hidden_size + attention + feed_forward) + 4 * 2 * config.hidden_size
-    rows = min(recipe.rows_per_micro_batch, recipe.rows_per_step // num_processes)
-    num_tokens = rows * recipe.data.sequence_length
+    num_tokens = max(
+        min(
+            stage.sequences_per_micro_batch(recipe.micro_batch_tokens),
+            stage.sequences_per_step // num_processes,
+        )
+        * stage.sequence_length
+        for stage in recipe.plan.stages
+    )
     num_in_layer = count_parameters(config) // config.num_hidden_layers
     num_outside = num_parameters - num_in_layer * config.num_hidden_layers
     parts = {
@@ -162,10 +174,19 @@ def _render_source(source: Mapping[str, Any]) -> str:
     return f"{start}{source['epochs']:6.2f} epochs of {source['available_tokens']:,}  {source['path']}"
 
 
+def _names(stages: Sequence[Stage]) -> list[str]:
+    """Names of the stages, numbered where several have the same."""
+    names = [stage.name for stage in stages]
+    return [
+        f"{name} {names[: index + 1].count(name)}" if names.count(name) > 1 else name
+        for index, name in enumerate(names)
+    ]
+
+
 def _config(recipe: Recipe) -> tuple[ModelConfig, str]:
     if Path(recipe.data.tokenizer).exists():
         return model_config(recipe, Tokenizer.load(recipe.data.tokenizer)), "tokenizer"
-    return recipe.model.config(), "preset: there is no tokenizer yet"
+    return model_config(recipe, None), "preset: there is no tokenizer yet"
 
 
 def _mixture(sources: tuple[Source, ...], tokens: int) -> list[dict[str, Any]]:
@@ -187,4 +208,4 @@ def _mixture(sources: tuple[Source, ...], tokens: int) -> list[dict[str, Any]]:
 
 
 def _num_tokens(folder: Path) -> int | None:
-    return TokenSet.open(folder).num_tokens if folder.exists() else None
+    return TokenizedDataset.open(folder).num_tokens if folder.exists() else None

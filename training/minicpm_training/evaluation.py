@@ -2,7 +2,7 @@
 
 bits per byte = cross-entropy in nats / ln 2 / UTF-8 bytes of the text predicted.
 
-Legend: B batch rows, T time.
+Legend: B batch, T time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from minicpm_edge.errors import UserError
 from minicpm_edge.model.transformer import MiniCPM
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training import distributed
-from minicpm_training.data.batches import rows_to_batch
-from minicpm_training.data.token_set import TokenSet
-from minicpm_training.recipe.schema import Recipe, ValidationSet
+from minicpm_training.data.packed_batch import packed_batch
+from minicpm_training.data.tokenized_dataset import TokenizedDataset
+from minicpm_training.recipe.schema import Recipe
+from minicpm_training.recipe.sections import ValidationSet
 
 BATCH_TOKENS = 8192
 
@@ -62,17 +63,17 @@ class ValidationResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Validation:
-    """A held-out set and the rows of it to measure: all of them, or ``max_tokens`` spread evenly over it.
+    """A held-out set and the sequences of it to measure: all of them, or ``max_tokens`` spread evenly over it.
 
     The bytes are the set's own count, shared out by the bytes of the tokens that are predicted, so that whole sets
     have exactly their text's bytes and parts their part.
     """
 
     name: str
-    tokens: TokenSet
+    tokens: TokenizedDataset
     token_bytes: np.ndarray[tuple[int], np.dtype[np.int64]]
     sequence_length: int
-    rows: tuple[int, ...]
+    sequences: tuple[int, ...]
     bytes_per_token_byte: float
 
     @classmethod
@@ -85,17 +86,23 @@ class Validation:
         max_tokens: int | None = None,
         name: str = "",
     ) -> Validation:
-        """Open a prepared set. Raises :class:`UserError` where it is of another tokenizer or holds no whole row."""
-        tokens = TokenSet.open(folder)
+        """Open a tokenized dataset.
+
+        Raises:
+            UserError: where it is of another tokenizer, or holds no whole sequence.
+        """
+        tokens = TokenizedDataset.open(folder)
         if tokens.tokenizer_sha256 != tokenizer.sha256:
             raise UserError(
                 f"{folder} was prepared with another tokenizer: prepare it again with the model's own"
             )
         sequence_length = min(sequence_length, tokens.num_tokens - 1)
-        num_rows = tokens.num_rows(sequence_length)
-        if num_rows < 1:
+        num_sequences = tokens.num_sequences(sequence_length)
+        if num_sequences < 1:
             raise UserError(f"{folder} has {tokens.num_tokens} tokens, too few to measure on")
-        wanted = num_rows if max_tokens is None else min(num_rows, max(1, max_tokens // sequence_length))
+        wanted = (
+            num_sequences if max_tokens is None else min(num_sequences, max(1, max_tokens // sequence_length))
+        )
         table = np.array([len(tokenizer.token_bytes(index)) for index in range(tokenizer.vocab_size)])
         total = sum(int(table[part].sum()) for part in tokens.parts())
         return cls(
@@ -103,29 +110,30 @@ class Validation:
             tokens=tokens,
             token_bytes=table,
             sequence_length=sequence_length,
-            rows=tuple(index * num_rows // wanted for index in range(wanted)),
+            sequences=tuple(index * num_sequences // wanted for index in range(wanted)),
             bytes_per_token_byte=tokens.num_bytes / max(1, total),
         )
 
     def measure(
         self, model: MiniCPM, autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     ) -> ValidationResult:
-        """The model's loss on the rows, within documents. Leaves the model's mode as it was.
+        """The model's loss on the sequences, within documents. Leaves the model's mode as it was.
 
         Several processes measure a batch each at a time, and add up.
         """
         device = model.embedding.weight.device
-        rows_at_once = max(1, BATCH_TOKENS // self.sequence_length)
+        at_once = max(1, BATCH_TOKENS // self.sequence_length)
         cross_entropy, num_tokens, num_bytes = 0.0, 0, 0
         was_training = model.training
         model.eval()
         with torch.no_grad(), autocast():
-            last = len(self.rows) - 1
-            for first in range(0, len(self.rows), rows_at_once * distributed.size()):
-                start = first + rows_at_once * distributed.rank()
-                rows = self.rows[start : start + rows_at_once]
-                # All processes take part in every forward, those that have no rows left with the last one.
-                batch = rows_to_batch(self.tokens, rows or self.rows[last:], self.sequence_length)
+            last = len(self.sequences) - 1
+            for first in range(0, len(self.sequences), at_once * distributed.size()):
+                start = first + at_once * distributed.rank()
+                sequences = self.sequences[start : start + at_once]
+                # All processes take part in every forward, those that have no sequences left with the last one.
+                chosen = sequences or self.sequences[last:]
+                batch = packed_batch([(self.tokens, index) for index in chosen], self.sequence_length)
                 targets = batch.targets_BT[batch.targets_BT >= 0].numpy()
                 on_device = batch.to(device)
                 loss = model.loss(
@@ -134,7 +142,7 @@ class Validation:
                     cu_seqlens=on_device.cu_seqlens,
                     max_seqlen=on_device.max_seqlen,
                 )
-                if rows:
+                if sequences:
                     cross_entropy += float(loss.cross_entropy)
                     num_tokens += targets.size
                     num_bytes += int(self.token_bytes[targets].sum())

@@ -1,4 +1,4 @@
-"""Training a run from its recipe: the trunk, then the decay, each from where it is."""
+"""Training a run from its recipe: the trunk, then what follows it, each from where it is."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.optim import AdamW
 
 from minicpm_edge.atomic import write_text
 from minicpm_edge.cli.progress import Progress
@@ -19,8 +18,7 @@ from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM, count_parameters
 from minicpm_edge.text.tokenizer import Tokenizer
 from minicpm_training import distributed
-from minicpm_training.callbacks import Every, Metrics, TensorBoard
-from minicpm_training.data.loader import open_feed
+from minicpm_training.callbacks import Metrics, PeriodicCallback, TensorBoard
 from minicpm_training.evaluation import Validation, open_validation
 from minicpm_training.hardware import (
     Precision,
@@ -30,14 +28,15 @@ from minicpm_training.hardware import (
     flops_per_token,
     peak_flops,
 )
-from minicpm_training.objectives.pretrain import pretraining
-from minicpm_training.optimizer import build_optimizer
+from minicpm_training.objectives.registry import OBJECTIVES
+from minicpm_training.optimizer import Optimizer, build_optimizer
 from minicpm_training.plot import plot_run
 from minicpm_training.recipe.compatibility import same_model
 from minicpm_training.recipe.files import saved_recipe, to_toml
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Branch, Run
-from minicpm_training.sampling import complete
+from minicpm_training.samples import complete
+from minicpm_training.start import model_config, starting_model
 from minicpm_training.state import (
     TrainingState,
     load_model_for_training,
@@ -57,10 +56,10 @@ class Watcher:
 
 
 def train_run(recipe: Recipe, run: Run, watcher: Watcher) -> bool:
-    """Train the trunk to the end of its stable stage, then the recipe's decay; False if stopped before the end."""
+    """Train the trunk to its end, then the stages that follow it; False if stopped before the end."""
     if not train_branch(recipe, run, run.trunk, None, watcher):
         return False
-    if not recipe.schedule.decay_tokens:
+    if not recipe.plan.branch:
         return True
     tip = run.trunk.checkpoint(recipe.trunk_steps)
     branch = distributed.agree(lambda: decay_branch(run, recipe))
@@ -91,28 +90,14 @@ def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, w
     resume_from = branch.checkpoint(steps[-1]) if steps else start
     step = steps[-1] if steps else 0
     if step > until_step:
+        length = "last stage" if recipe.stages else "schedule.stable_tokens"
         raise UserError(
             f"{branch.folder} is at step {step}, past the end its recipe now gives ({until_step}): "
-            "give a longer schedule.stable_tokens, or branch with `minicpm-edge decay`"
+            f"give a longer {length}, or branch with `minicpm-edge decay`"
         )
     if steps and step == until_step and read_state(branch.checkpoint(step)).finished:
         return True
     return Session(recipe=recipe, run=run, branch=branch, resume_from=resume_from).train(until_step, watcher)
-
-
-def model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
-    """The recipe's model for this tokenizer, checked against the row length."""
-    config = recipe.model.config(vocab_size=tokenizer.vocab_size)
-    if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(
-            f"model.vocab_size {config.vocab_size} is smaller than the tokenizer's {tokenizer.vocab_size}"
-        )
-    if config.max_position_embeddings < recipe.data.sequence_length:
-        raise UserError(
-            f"data.sequence_length {recipe.data.sequence_length} is longer than the model's context "
-            f"{config.max_position_embeddings}: raise model.max_position_embeddings"
-        )
-    return config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,40 +143,46 @@ class Session:
     def trainer(self) -> Trainer:
         """The training loop at the checkpoint to resume from, without callbacks."""
         recipe = self.recipe
-        feed = open_feed(recipe, self.tokenizer)  # first: the cheapest to find fault with
-        model, optimizer, step = self._model()
+        objective = OBJECTIVES[recipe.objective.kind]
+        # First: the cheapest to find fault with.
+        dataloader = objective.dataloader(recipe, self.tokenizer)
+        model, optimizer, step, tokens = self._state()
         return Trainer(
             model=model,
             optimizer=optimizer,
-            objective=pretraining(model, z_loss=recipe.optimizer.z_loss, compile_model=recipe.compile),
-            feed=feed,
+            objective=objective.objective(recipe, model, self._reference),
+            dataloader=dataloader,
             schedule=recipe.lr_schedule(),
             peak_lr=recipe.schedule.peak_lr,
             clip_norm=recipe.optimizer.clip_norm,
             precision=self.precision,
             step=step,
-            tokens=step * recipe.batch_tokens,
+            tokens=tokens,
         )
 
-    def _model(self) -> tuple[MiniCPM, AdamW, int]:
+    def _state(self) -> tuple[MiniCPM, Optimizer, int, int]:
+        """Model, optimizer, steps done and tokens seen."""
         recipe, rule = self.recipe, self.recipe.model.embedding_rule
         if self.resume_from is None:
-            with torch.device(self.device):
-                model = MiniCPM(self.config)
-            model.init_weights(seed=recipe.seed, embedding_rule=rule)
+            model = starting_model(recipe, self.config, self.device)
             distributed.shard(model, self.device)
             optimizer = build_optimizer(model, self.config, recipe.optimizer, embedding_rule=rule)
-            return model, optimizer, 0
+            return model, optimizer, 0, 0
         state = read_state(self.resume_from)
         model = load_model_for_training(self.resume_from, device=self.device)
         optimizer = build_optimizer(model, model.config, recipe.optimizer, embedding_rule=rule)
-        restore_optimizer(self.resume_from, model, optimizer)
-        return model, optimizer, state.step
+        restore_optimizer(self.resume_from, optimizer)
+        return model, optimizer, state.step, state.tokens
+
+    def _reference(self) -> MiniCPM:
+        """A frozen copy of the model that the run starts from, whole on every rank."""
+        model = starting_model(self.recipe, self.config, self.device).eval()
+        return model.requires_grad_(False)
 
     def _callbacks(self, until_step: int, progress: Progress) -> list[Callback]:
-        """Watchers in their order: a checkpoint comes last, so that what it resumes from has been measured.
+        """Callbacks in their order: a checkpoint comes last, so that what it resumes from has been measured.
 
-        Of several processes one watches alone; the others take part in what needs the whole model.
+        Rank 0 alone writes and prints; the others take part in what needs the whole model.
         """
         recipe = self.recipe
         peak, _ = peak_flops(self.device, self.precision)
@@ -205,26 +196,30 @@ class Session:
                     progress=progress,
                     every=recipe.log.every,
                     until_step=until_step,
-                    flops_per_token=flops_per_token(self.config, num_parameters, recipe.data.sequence_length),
+                    flops_per_token=lambda step: flops_per_token(
+                        self.config, num_parameters, recipe.plan.at(step).sequence_length
+                    ),
                     peak_flops=peak * distributed.size(),
                     sinks=(TensorBoard(self.branch),) if recipe.log.tensorboard else (),
                 )
             )
         if validations:
             callbacks.append(
-                Every(
+                PeriodicCallback(
                     action=lambda trainer: self._validate(trainer, validations, progress),
                     every=recipe.evaluation.every,
                 )
             )
         if recipe.sample.prompts:
             callbacks.append(
-                Every(action=lambda trainer: self._sample(trainer, progress), every=recipe.sample.every)
+                PeriodicCallback(
+                    action=lambda trainer: self._sample(trainer, progress), every=recipe.sample.every
+                )
             )
         if distributed.is_main():
-            callbacks.append(Every(action=self._plot, every=recipe.evaluation.every))
+            callbacks.append(PeriodicCallback(action=self._plot, every=recipe.evaluation.every))
         callbacks.append(
-            Every(
+            PeriodicCallback(
                 action=lambda trainer: self._save(trainer, finished=trainer.step >= until_step),
                 every=recipe.checkpoint.every,
                 when_stopped=True,

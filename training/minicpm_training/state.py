@@ -13,19 +13,18 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch.optim import AdamW
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint, verify_manifest, write_tensors
 from minicpm_edge.model.transformer import MiniCPM
 from minicpm_training import distributed
-from minicpm_training.optimizer import load_optimizer_tensors, optimizer_tensors
+from minicpm_training.optimizer import Optimizer
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
 
 class TrainingState(BaseModel):
-    """state.json: ``step`` updates done on ``tokens`` tokens; ``finished`` when the branch has reached its end."""
+    """state.json: ``step`` steps done on ``tokens`` tokens; ``finished`` when the branch has reached its end."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -37,14 +36,14 @@ class TrainingState(BaseModel):
 
 
 def save_state(
-    folder: Path, model: MiniCPM, optimizer: AdamW, state: TrainingState, *, tokenizer: Path | None
+    folder: Path, model: MiniCPM, optimizer: Optimizer, state: TrainingState, *, tokenizer: Path | None
 ) -> None:
     """Write a checkpoint atomically; the master weights are in model.safetensors as float32.
 
     Of several processes all take part, and all wait until it is written.
     """
     distributed.reshard(model)
-    model, tensors = distributed.gathered(model, optimizer_tensors(model, optimizer))
+    model, tensors = distributed.gathered(model, optimizer.named_tensors())
 
     def write_extra_files(temporary: Path) -> None:
         write_tensors(
@@ -82,11 +81,11 @@ def load_model_for_training(folder: Path, *, device: torch.device) -> MiniCPM:
     return model
 
 
-def restore_optimizer(folder: Path, model: MiniCPM, optimizer: AdamW) -> None:
+def restore_optimizer(folder: Path, optimizer: Optimizer) -> None:
     """Restore the optimizer's tensors bit for bit."""
     file = folder / OPTIMIZER_FILE
     try:
         tensors = load_file(file)
     except (FileNotFoundError, SafetensorError):
         raise UserError(f"{file} is missing or damaged: this checkpoint cannot be resumed") from None
-    load_optimizer_tensors(model, optimizer, tensors)
+    optimizer.load_named_tensors(tensors)

@@ -1,29 +1,23 @@
-"""The training loop. One step reads top to bottom; everything that only watches is a callback.
-
-Legend: B batch rows, T time.
-"""
+"""The training loop. One step reads top to bottom; everything that only watches is a callback."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch.optim import AdamW
+from torch import Tensor
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.transformer import MiniCPM
 from minicpm_training import distributed
-from minicpm_training.data.batches import Batch
 from minicpm_training.hardware import Precision, dtype_of
-from minicpm_training.objectives.pretrain import Objective
-from minicpm_training.optimizer import set_learning_rate
+from minicpm_training.objectives.base import Batch, Dataloader, Objective
+from minicpm_training.optimizer import Optimizer
 from minicpm_training.schedule import Schedule
-
-Feed = Callable[[int], list[Batch]]  # the micro-batches of an update, by its number
 
 
 class NonFiniteLossError(UserError):
@@ -31,35 +25,36 @@ class NonFiniteLossError(UserError):
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """What one update says. ``loss`` is the mean cross-entropy in nats a token, without auxiliary losses."""
+class StepMetrics:
+    """Metrics of one step. ``loss`` is the objective's, a mean over targets, without auxiliary losses."""
 
-    step: int  # updates done, this one included
-    tokens: int  # tokens seen since the run began
+    step: int  # steps done, this one included
+    tokens: int  # seen since the run began
     loss: float
+    others: Mapping[str, float]  # the objective's other metrics, means over targets
     lr: float
     grad_norm: float  # before clipping
     seconds: float
-    num_tokens: int  # of this update
+    num_tokens: int  # of this step
     stage: str
 
 
 class Callback(Protocol):
     """Watches a training loop; must not change model, optimizer or random state."""
 
-    def on_step(self, trainer: Trainer, report: StepReport) -> None: ...
+    def on_step(self, trainer: Trainer, metrics: StepMetrics) -> None: ...
 
     def on_end(self, trainer: Trainer, *, finished: bool) -> None: ...
 
 
 @dataclass(kw_only=True)
 class Trainer:
-    """A model, its optimizer and where it is. ``step`` counts the updates done."""
+    """A model, its optimizer and where it is. ``step`` counts the steps done."""
 
     model: MiniCPM
-    optimizer: AdamW
+    optimizer: Optimizer
     objective: Objective
-    feed: Feed
+    dataloader: Dataloader
     schedule: Schedule
     peak_lr: float
     clip_norm: float
@@ -69,53 +64,58 @@ class Trainer:
     callbacks: Sequence[Callback] = ()
 
     def run(self, until_step: int, should_stop: Callable[[], bool] = lambda: False) -> bool:
-        """Train up to ``until_step`` updates; False when ``should_stop`` ended it early."""
+        """Train up to ``until_step`` steps; False when ``should_stop`` ended it early."""
         self.model.train()
         while self.step < until_step and not should_stop():
-            report = self.train_step()
+            metrics = self.train_step()
             for callback in self.callbacks:
-                callback.on_step(self, report)
+                callback.on_step(self, metrics)
         finished = self.step >= until_step
         for callback in self.callbacks:
             callback.on_end(self, finished=finished)
         return finished
 
-    def train_step(self) -> StepReport:
-        """One update: batch, forward, backward, clip, schedule, step.
+    def train_step(self) -> StepMetrics:
+        """One step: batch, forward, backward, clip, learning rate, optimizer.
 
-        Raises :class:`NonFiniteLossError` before the optimizer has changed anything.
+        Raises:
+            NonFiniteLossError: before the optimizer has changed anything.
         """
         start = time.perf_counter()
-        micro_batches = self.feed(self.step)
+        micro_batches = self.dataloader(self.step)
         num_targets = max(1, distributed.total(sum(batch.num_targets for batch in micro_batches)))
 
-        self.optimizer.zero_grad(set_to_none=True)
-        cross_entropy = torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        sums: dict[str, Tensor] = {}
         for batch in micro_batches:
             with self.autocast():
-                loss = self.objective(batch.to(self.device))
-            torch.autograd.backward(loss.total / num_targets)
-            cross_entropy += loss.cross_entropy
+                losses = self.objective(batch.to(self.device))
+            torch.autograd.backward(losses.total / num_targets)
+            for name, value in losses.metrics.items():
+                sums[name] = sums[name] + value if name in sums else value
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
         grad_norm = distributed.whole(grad_norm)
-        own_loss, norm = torch.stack([cross_entropy / num_targets, grad_norm]).tolist()  # the only sync
-        mean_loss = distributed.total(own_loss)
+        own = torch.stack([*(value / num_targets for value in sums.values()), grad_norm])
+        *own_means, norm = own.tolist()  # the only sync
+        means = {name: distributed.total(mean) for name, mean in zip(sums, own_means, strict=True)}
+        mean_loss = means.pop("loss")
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise NonFiniteLossError(self._describe_non_finite(mean_loss, norm, micro_batches))
 
         lr = self.peak_lr * self.schedule.multiplier(self.step)
-        set_learning_rate(self.optimizer, lr)
+        self.optimizer.set_learning_rate(lr)
         self.optimizer.step()
 
-        num_tokens = distributed.size() * sum(batch.input_ids_BT.numel() for batch in micro_batches)
+        num_tokens = distributed.size() * sum(batch.num_tokens for batch in micro_batches)
         stage = self.schedule.stage(self.step)
         self.step += 1
         self.tokens += num_tokens
-        return StepReport(
+        return StepMetrics(
             step=self.step,
             tokens=self.tokens,
             loss=mean_loss,
+            others=means,
             lr=lr,
             grad_norm=norm,
             seconds=time.perf_counter() - start,
@@ -135,9 +135,9 @@ class Trainer:
 
     def _describe_non_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
-        own_rows = "; ".join(batch.describe() for batch in batches)
-        rows = "; ".join(distributed.collect(own_rows))
+        own_sequences = "; ".join(batch.describe() for batch in batches)
+        sequences = "; ".join(distributed.collect(own_sequences))
         return (
-            f"update {self.step + 1}: {what}, so the run stops before it changes the weights; batch: {rows}. "
-            "The last checkpoint is good: look at those rows, or lower schedule.peak_lr, and resume"
+            f"step {self.step + 1}: {what}, so the run stops before it changes the weights; batch: {sequences}. "
+            "The last checkpoint is good: look at those sequences, or lower schedule.peak_lr, and resume"
         )

@@ -1,1 +1,1 @@
-"""From text files to batches: sources, prepared token sets, mixtures."""
+"""From text files to batches: sources, tokenized datasets, mixtures."""

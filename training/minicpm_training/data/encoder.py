@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tokenizers import Regex, pre_tokenizers
 
 from minicpm_edge.text.tokenizer import SPLIT_PATTERN, Tokenizer
-from minicpm_training.data.token_set import DTYPES, dtype_for
+from minicpm_training.data.tokenized_dataset import DTYPES, dtype_for
 
 MAX_KNOWN_CHARACTERS = 4 << 20  # of all words kept; about 120 MB
 PIECE_CHARACTERS = 1 << 18

@@ -1,4 +1,4 @@
-"""``data prepare``: text files to a token set, on all cores, whole or not at all."""
+"""``data prepare``: text files to a tokenized dataset, on all cores, whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from minicpm_training.data.sources import (
     find_sources,
     read_chunks,
 )
-from minicpm_training.data.token_set import FORMAT, MANIFEST, dtype_for
+from minicpm_training.data.tokenized_dataset import FORMAT, MANIFEST, dtype_for
 from minicpm_training.data.workers import count_cores, ordered_map
 from minicpm_training.data.writer import SetWriter
 
@@ -98,7 +98,7 @@ def prepare(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Make the token set ``out`` of the sources ``names``; returns its manifest.
+    """Make the tokenized dataset ``out`` of the sources ``names``; returns its manifest.
 
     The result does not depend on the number of workers (default: one a core). Until it is whole, nothing stands
     under the name ``out``, or what stood there before.

@@ -1,4 +1,4 @@
-"""Writes the shards of a token set (the format is in :mod:`.token_set`), a document at a time."""
+"""Writes the shards of a tokenized dataset (the format is in :mod:`.tokenized_dataset`), a document at a time."""
 
 from __future__ import annotations
 

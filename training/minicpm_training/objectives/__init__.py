@@ -1,1 +1,1 @@
-"""What a batch is trained for, one file each."""
+"""What a batch is trained for, and where such batches come from: one file each."""

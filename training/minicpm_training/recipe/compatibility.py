@@ -1,69 +1,73 @@
-"""What distinguishes two recipes: which changes make another model, and which only another length or another log."""
+"""What distinguishes two recipes: which changes make another run, and which only another length or another log.
+
+Each key says so itself, where it stands (:class:`minicpm_training.recipe.sections.Effect`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from minicpm_edge.errors import UserError
-from minicpm_training.recipe.schema import Recipe, Source
+from pydantic import BaseModel
 
-# Touch no number, or rounding only (precision, device, compile). The tokenizer's folder may move: sets know it by hash.
-HARMLESS = (
-    "name",
-    "micro_batch_tokens",
-    "precision",
-    "compile",
-    "device",
-    "data.tokenizer",
-    "data.valid",
-    "checkpoint",
-    "evaluation",
-    "sample",
-    "log",
-)
-# Of a trunk that goes on: its length, and the decay that is to follow.
-LENGTHS = ("schedule.stable_tokens", "schedule.decay_tokens")
-DECAY = ("data.decay", "schedule.form", "schedule.floor", "schedule.half_life_tokens")
+from minicpm_edge.errors import UserError
+from minicpm_training.recipe.files import section_of
+from minicpm_training.recipe.plan import by_name
+from minicpm_training.recipe.schema import Recipe
+from minicpm_training.recipe.sections import Effect
 
 
 def same_model(one: Recipe, other: Recipe) -> bool:
     """Whether two recipes train the same model, up to rounding."""
-    return not any(changes(one, other, allowed=HARMLESS))
+    return not any(changes(one, other, allowed={Effect.HARMLESS}))
 
 
 def refuse_another_run(saved: Recipe, asked: Recipe, what: str) -> None:
     """Raise :class:`UserError` naming the first key that makes ``asked`` another run than ``saved``.
 
-    A cosine's length is part of its curve, so only a WSD run may change its own.
+    Where the learning rate follows a curve of known length from the start (cosine), the length is part of it.
     """
-    allowed = (*HARMLESS, *LENGTHS, *DECAY) if saved.schedule.kind == "wsd" else (*HARMLESS, *DECAY[:1])
+    allowed = {Effect.HARMLESS, Effect.LENGTH} if saved.plan.can_branch else {Effect.HARMLESS}
     for key, before, after in changes(saved, asked, allowed=allowed):
         raise UserError(
             f"{key} was {before!r} when {what} was trained and cannot become {after!r}: start a new run"
         )
+    both = min(saved.trunk_steps, asked.trunk_steps)
+    if Effect.LENGTH in allowed and saved.plan.until(both) != asked.plan.until(both):
+        raise UserError(
+            f"stages are not those that {what} was trained by, within their first {both} steps: start a new run"
+        )
 
 
-def changes(one: Recipe, other: Recipe, *, allowed: Sequence[str]) -> Iterator[tuple[str, Any, Any]]:
-    """(key, value in ``one``, value in ``other``) of every difference that is not ``allowed``."""
-    before = _flatten(one)
-    for key, value in _flatten(other).items():
-        is_allowed = any(key == name or key.startswith(f"{name}.") for name in allowed)
-        if before[key] != value and not is_allowed:
-            yield key, before[key], value
+def changes(one: Recipe, other: Recipe, *, allowed: set[Effect]) -> Iterator[tuple[str, Any, Any]]:
+    """(key, value in ``one``, value in ``other``) of every difference whose effect is not ``allowed``."""
+    effects = dict(effects_of(Recipe))
+    before, after = dict(_leaves(one)), dict(_leaves(other))
+    for key in {**before, **after}:
+        if before.get(key) != after.get(key) and effects[key] not in allowed:
+            yield key, before.get(key), after.get(key)
 
 
-def _flatten(recipe: Recipe) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in recipe.model_dump().items():
-        nested = isinstance(value, dict)
-        flat |= {f"{key}.{inner}": item for inner, item in value.items()} if nested else {key: value}
-    flat["data.stable"] = _by_name(recipe.data.stable)
-    flat["data.decay"] = _by_name(recipe.data.decay)
-    return flat
+def effects_of(section: type[BaseModel], prefix: str = "", default: Effect | None = None) -> Iterator[Any]:
+    """(dotted key, :class:`Effect`) of every key of a recipe; a key without a mark has its section's."""
+    for name, field in section.model_fields.items():
+        marks = [mark for mark in field.metadata if isinstance(mark, Effect)]
+        effect = marks[0] if marks else default
+        inner = section_of(section, name)
+        yield f"{prefix}{name}", effect
+        if inner is not None:
+            yield from effects_of(inner, f"{prefix}{name}.", effect)
 
 
-def _by_name(sources: Sequence[Source]) -> list[tuple[str, float]]:
-    """Sets are known by their folders' names, which seed the order of their rows: a folder may move."""
-    return [(Path(source.path).name, source.weight) for source in sources]
+def _leaves(section: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a recipe; a mixture as the names and weights of its sets."""
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, BaseModel):
+            yield from _leaves(value, f"{prefix}{name}.")
+        elif name in ("stable", "decay", "sources"):
+            yield f"{prefix}{name}", by_name(value)
+        elif name == "stages":
+            yield name, [dict(_leaves(stage)) for stage in value]
+        else:
+            yield f"{prefix}{name}", value

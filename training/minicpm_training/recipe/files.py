@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,10 +14,14 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, get_args
 
+import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from minicpm_edge.errors import UserError
 from minicpm_training.recipe.schema import Recipe
+
+# Keys of earlier versions, which stand in the recipes of runs → the same today.
+RENAMED = {"optimizer.z_loss": "objective.z_loss"}
 
 
 def load_recipe(
@@ -33,6 +36,7 @@ def load_recipe(
     entries = _read(source) if isinstance(source, str) else copy.deepcopy(dict(source or {}))
     if isinstance(source, str):
         entries.setdefault("name", _default_name(source))
+    _rename(entries)
     for setting in settings:
         _apply(entries, setting)
     if warmup_tokens is not None and isinstance(schedule := entries.get("schedule"), dict):
@@ -46,7 +50,10 @@ def saved_recipe(path: Path) -> Recipe:
 
 
 def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:
-    """Validate parsed TOML and settle what a recipe leaves open (the length of warm-up)."""
+    """Validate parsed TOML and settle what a recipe leaves open (the length of warm-up).
+
+    Raises :class:`UserError` for an unknown key and for a value out of range.
+    """
     _refuse_unknown_keys(entries, origin)
     try:
         recipe = Recipe.model_validate(entries)
@@ -54,9 +61,9 @@ def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:
         raise UserError(f"{origin}: {_first_problem(error)}") from None
     if recipe.schedule.warmup_tokens is None:
         # Written down once, so that a longer trunk does not change a warm-up that has already been run.
-        recipe = recipe.with_schedule(
-            warmup_tokens=min(recipe.schedule.stable_tokens, recipe.warmup_steps * recipe.batch_tokens)
-        )
+        first_tokens = recipe.stages[0].tokens if recipe.stages else recipe.schedule.stable_tokens or 0
+        warmup_tokens = recipe.warmup_steps * recipe.plan.stages[0].batch_tokens
+        recipe = recipe.with_changes(schedule={"warmup_tokens": min(first_tokens, warmup_tokens)})
     return recipe
 
 
@@ -70,12 +77,7 @@ def shipped_recipes() -> list[str]:
 
 def to_toml(recipe: Recipe) -> str:
     """The recipe as TOML that reads back equal; keys that are unset are left out."""
-    entries = recipe.model_dump(mode="json", exclude_none=True)
-    lines = [f"{key} = {_toml_value(value)}" for key, value in entries.items() if not isinstance(value, dict)]
-    for section, values in entries.items():
-        if isinstance(values, dict):
-            lines += ["", f"[{section}]", *(f"{key} = {_toml_value(value)}" for key, value in values.items())]
-    return "\n".join(lines) + "\n"
+    return tomli_w.dumps(recipe.model_dump(mode="json", exclude_none=True))
 
 
 def _read(source: str) -> dict[str, Any]:
@@ -96,6 +98,15 @@ def _read(source: str) -> dict[str, Any]:
         raise UserError(f"recipe {source} is not TOML: {error}") from None
 
 
+def _rename(entries: dict[str, Any]) -> None:
+    """Give the keys of an earlier version their present names, where those are not given as well."""
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        table, new_table = entries.get(section), entries.setdefault(new_section, {})
+        if isinstance(table, dict) and isinstance(new_table, dict) and key in table:
+            new_table.setdefault(new_key, table.pop(key))
+
+
 def _default_name(source: str) -> str:
     path = Path(source)
     return path.parent.name if path.name == "recipe.toml" else path.name.removesuffix(".toml")
@@ -106,6 +117,7 @@ def _apply(entries: dict[str, Any], setting: str) -> None:
     key = key.strip()
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
         raise UserError(f"--set {setting!r} is not of the form section.key=value")
+    key = RENAMED.get(key, key)
     *parents, last = key.split(".")
     table = entries
     for parent in parents:
@@ -129,18 +141,6 @@ def _parse_value(key: str, text: str) -> Any:
         raise UserError(f"--set {key}: {text!r} is not a TOML value: {error}") from None
 
 
-def _toml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml_value(item) for item in value) + "]"
-    if isinstance(value, dict):
-        return "{ " + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + " }"
-    return repr(value)
-
-
 def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
     known = list(_known_keys(Recipe, ""))
     for key in _given_keys(entries, Recipe, ""):
@@ -152,7 +152,7 @@ def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
             raise UserError(f"{origin}: unknown key {key!r}; {hint}")
 
 
-def _section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+def section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
     """The section that a key holds (directly, or as the element of a list), if it holds one."""
     annotation = model.model_fields[key].annotation
     candidates = (annotation, *get_args(annotation))
@@ -162,7 +162,7 @@ def _section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
 def _known_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for key in model.model_fields:
         yield prefix + key
-        section = _section_of(model, key)
+        section = section_of(model, key)
         if section is not None:
             yield from _known_keys(section, f"{prefix}{key}.")
 
@@ -171,7 +171,7 @@ def _given_keys(entries: Mapping[str, Any], model: type[BaseModel] | None, prefi
     """Dotted names of all that is given; below a key that no section knows, all of its keys."""
     for key, value in entries.items():
         known = model is not None and key in model.model_fields
-        section = _section_of(model, key) if model is not None and known else None
+        section = section_of(model, key) if model is not None and known else None
         tables = [
             table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)
         ]

@@ -1,11 +1,11 @@
-"""A prepared set: token ids of many documents in memory-mapped shards, and where each document starts.
+"""A tokenized dataset: token ids of many documents in memory-mapped shards, and where each document starts.
 
 ::
 
     manifest.json            counts, tokenizer's SHA-256, report of what was read and skipped
     tokens-00000.bin         uint16 (vocabulary up to 65,536) or uint32, little endian
     documents-00000.npy      int64, index of each document's first token within its shard
-    mask-00000.bin           uint8, only in sets of chats: 1 where the token is one to learn to say
+    mask-00000.bin           uint8, only in sets of chats: the loss mask: 1 where the token is a target
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def dtype_for(vocab_size: int) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSet:
+class TokenizedDataset:
     """An opened set. Tokens are numbered over all shards; nothing is read before it is asked for."""
 
     folder: Path
@@ -43,7 +43,7 @@ class TokenSet:
     document_starts: NDArray[np.int64]  # (documents,), sorted
 
     @classmethod
-    def open(cls, folder: Path | str) -> TokenSet:
+    def open(cls, folder: Path | str) -> TokenizedDataset:
         """Open a prepared set; raises :class:`UserError` where it is none, or is damaged."""
         folder = Path(folder)
         manifest = _read_manifest(folder)
@@ -84,8 +84,8 @@ class TokenSet:
     def tokenizer_sha256(self) -> str:
         return str(self.manifest["tokenizer_sha256"])
 
-    def num_rows(self, sequence_length: int) -> int:
-        """How many rows of ``sequence_length`` inputs, each followed by its last target, the set holds."""
+    def num_sequences(self, sequence_length: int) -> int:
+        """How many sequences of ``sequence_length`` inputs, each followed by its last target, the set holds."""
         return max(0, self.num_tokens - 1) // sequence_length
 
     def parts(self) -> Iterator[NDArray[Any]]:
@@ -97,7 +97,7 @@ class TokenSet:
         return self._read(self.shards, start, length).astype(np.int64)
 
     def read_mask(self, start: int, length: int) -> NDArray[np.bool_] | None:
-        """Which of those tokens are to be learnt; None where all are."""
+        """The loss mask of those tokens; None where all count."""
         return self._read(self.masks, start, length).astype(np.bool_) if self.masks else None
 
     def _read(self, shards: tuple[NDArray[Any], ...], start: int, length: int) -> NDArray[Any]:
@@ -121,7 +121,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         if manifest["format"] != FORMAT:
-            raise UserError(f"{folder} is a token set of format {manifest['format']}; prepare it again")
+            raise UserError(
+                f"{folder} is a tokenized dataset of format {manifest['format']}; prepare it again"
+            )
         _ = (
             DTYPES[manifest["dtype"]],
             manifest["has_mask"],
@@ -129,13 +131,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
             manifest["tokenizer_sha256"],
         )
         if not manifest["shards"] or not all(shard["num_tokens"] > 0 for shard in manifest["shards"]):
-            raise UserError(f"{folder} is an empty token set; prepare it again")
+            raise UserError(f"{folder} is an empty tokenized dataset; prepare it again")
     except FileNotFoundError:
         raise UserError(
             f"{folder} is no prepared set (no {MANIFEST}); make one: minicpm-edge data prepare"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a token set's manifest ({error!r}); prepare the set again") from None
+        raise UserError(
+            f"{path} is not a tokenized dataset's manifest ({error!r}); prepare the set again"
+        ) from None
     return dict(manifest)
 
 
