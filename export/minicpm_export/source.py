@@ -38,8 +38,10 @@ class Source:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The model's tokenizer."""
-        return Tokenizer.load(self.folder)
+        """The model's tokenizer, with no more tokens than the model has embeddings."""
+        tokenizer = Tokenizer.load(self.folder)
+        tokenizer.check_fits(self.config.vocab_size, self.folder)
+        return tokenizer
 
     @cached_property
     def generation(self) -> GenerationSettings:

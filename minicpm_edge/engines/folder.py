@@ -12,8 +12,15 @@ from minicpm_edge.text.tokenizer import Tokenizer
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The folder's tokenizer, with ChatML for a template where it has none but has the tokens."""
+    """The folder's tokenizer, with ChatML for a template where it has none but has the tokens.
+
+    Raises:
+        UserError: where there is none, it is broken, or it has more tokens than the model has embeddings.
+    """
     tokenizer = Tokenizer.load(folder)
+    num_embeddings = read_json(folder / "config.json", missing_ok=True).get("vocab_size")
+    if isinstance(num_embeddings, int):
+        tokenizer.check_fits(num_embeddings, folder)
     if tokenizer.chat_template is None:
         tokenizer.chat_template = chatml_for(tokenizer.special_tokens)
     return tokenizer

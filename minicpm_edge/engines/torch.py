@@ -18,7 +18,6 @@ from minicpm_edge.engines.pooling import unit_vector
 from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.engines.sampling import Sampler
 from minicpm_edge.engines.sampling_params import SamplingParams
-from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint
 from minicpm_edge.model.attention import KVCache
 from minicpm_edge.model.transformer import MiniCPM
@@ -37,11 +36,6 @@ class TorchRunner:
         config = model.config
         self.context_length = resolve_context_length(context_length, config.max_position_embeddings, folder)
         self.vocabulary = load_tokenizer(folder)
-        if self.vocabulary.vocab_size > config.vocab_size:
-            raise UserError(
-                f"{folder}: the tokenizer has {self.vocabulary.vocab_size} tokens and the model only "
-                f"{config.vocab_size}; they do not belong together"
-            )
         self.stop_token_ids = stop_token_ids(folder, self.vocabulary)
         self._loaded: tuple[MiniCPM, KVCache] | None = (model, KVCache(config, 1, self.context_length))
         self._prompts = PromptCache(BATCH)

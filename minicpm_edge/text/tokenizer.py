@@ -228,6 +228,18 @@ class Tokenizer:
         ids: Iterable[int] = self._backend.get_vocab(with_added_tokens=True).values()
         return max(ids) + 1
 
+    def check_fits(self, num_embeddings: int, folder: Path) -> None:
+        """Whether each token has an embedding; a model may have more of them (padded vocabularies).
+
+        Raises:
+            UserError: naming the folder, where the tokenizer is of another model.
+        """
+        if self.vocab_size > num_embeddings:
+            raise UserError(
+                f"{folder}: the tokenizer has {self.vocab_size} tokens and the model only {num_embeddings}; "
+                "they do not belong together"
+            )
+
     @cached_property
     def vocab(self) -> dict[str, int]:
         """Each token as its file spells it (byte-level tokens in the GPT-2 alphabet), to its id."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import time
 import pytest
 from minicpm_export import pipeline
 
+from minicpm_edge import load
 from minicpm_edge.cli.main import main
+from minicpm_edge.errors import UserError
 
 FORMS = {
     "gguf": (["--gguf", "--quant", "F16"], "m.gguf"),
@@ -158,3 +161,22 @@ def test_a_folder_that_is_no_model_is_told(model, tmp_path, capsys):
     assert "BertModel" in capsys.readouterr().err
     (model / "tokenizer.json").unlink()
     assert main(["export", "m", "--gguf"]) == 1
+
+
+@pytest.mark.parametrize("options", [["--gguf"], ["--onnx"], ["--hf"]])
+def test_a_tokenizer_longer_than_the_embedding_is_refused_before_any_work(
+    options, make_model, tmp_path, capsys
+):
+    """By every format and by what loads a folder to run it; a longer embedding is a padded vocabulary."""
+    folder = tmp_path / "m"
+    shutil.copytree(make_model(), folder)
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    for index in range(512, 521):  # the embedding has 520 rows
+        token = {**definition["added_tokens"][0], "id": index, "content": f"<extra_{index}>"}
+        definition["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    assert main(["export", str(folder), *options, "--out", str(tmp_path / "out.gguf")]) == 1
+    assert "has 521 tokens and the model only 520; they do not belong together" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["m"]
+    with pytest.raises(UserError, match="521 tokens"):
+        load(folder)

@@ -61,11 +61,6 @@ def tokenizer_keys(
     Raises:
         UserError: for a tokenizer that llama.cpp would read differently.
     """
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {config.vocab_size}: "
-            "they do not belong together"
-        )
     # Rows of the model that no token uses get texts of their own: llama.cpp aborts on one that it has seen before.
     texts = [f"[UNUSED_{index}]" for index in range(config.vocab_size)]
     kinds = [TokenType.UNUSED] * config.vocab_size

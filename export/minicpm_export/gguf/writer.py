@@ -61,6 +61,7 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
     if sys.byteorder == "big":
         raise UserError("GGUF files are written on little-endian machines only")
     config, tensors, tokenizer = read_config(folder), open_hf_state_dict(folder), Tokenizer.load(folder)
+    tokenizer.check_fits(config.vocab_size, folder)
     specs = list(tensor_specs(config))
     factors = frequency_factors(config)
     writer = GGUFWriter(out, ARCHITECTURE)

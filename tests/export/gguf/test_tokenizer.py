@@ -248,8 +248,6 @@ def test_the_keys(tokenizer_folder, small_config):
 
 def test_tokenizers_that_llama_cpp_cannot_read_are_refused(tokenizer_folder, small_config):
     tokenizer = Tokenizer.load(tokenizer_folder)
-    with pytest.raises(UserError, match="do not belong together"):
-        entries(tokenizer, replace(small_config, vocab_size=500))
 
     def changed(**parts):
         return Tokenizer(json.dumps({**tokenizer.definition, **parts}), {})
