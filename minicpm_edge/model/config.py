@@ -13,27 +13,72 @@ from minicpm_edge.errors import UserError
 MAX_DIMENSION = 1 << 24
 
 
+# kind of rotary scaling → the fields that it uses, in the order of config.json
+ROPE_SCALINGS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": (
+        "factor",
+        "attention_factor",
+        "short_factor",
+        "long_factor",
+        "original_max_position_embeddings",
+    ),
+    "dynamic": ("factor",),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are scaled past the trained context (Llama 3's rule, or plain interpolation)."""
+    """How rotary frequencies are scaled past the trained context.
 
-    kind: Literal["linear", "llama3"]
-    factor: float
+    ``linear`` is plain interpolation, ``llama3`` Llama 3's rule, ``longrope`` a factor for each frequency, one set for
+    texts up to ``original_max_position_embeddings`` tokens and one for longer ones (LongRoPE, arXiv 2402.13753), and
+    ``dynamic`` NTK scaling by the text's length, beyond ``max_position_embeddings`` only.
+    """
+
+    kind: Literal["linear", "llama3", "longrope", "dynamic"]
+    factor: float | None = None
+    """How many times the context grows; longrope needs it only for the default of ``attention_factor``."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float | None = None
+    """longrope: factor on cosines and sines; by default the one that the paper derives from ``factor``."""
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if (
+            not isinstance(self.original_max_position_embeddings, int)
+            or self.original_max_position_embeddings < 2
+        ):
+            raise UserError(
+                "rope_scaling: original_max_position_embeddings is "
+                f"{self.original_max_position_embeddings!r}; it must be a whole number of tokens"
+            )
+        needed = ("short_factor", "long_factor") if self.kind == "longrope" else ("factor",)
+        for name in ROPE_SCALINGS[self.kind]:
+            value = getattr(self, name)
+            numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+            if not all(_is_positive(number) for number in numbers) or (name in needed and not numbers):
+                raise UserError(f"rope_scaling ({self.kind}): {name} is {value!r}; it must be positive")
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether a longer text has other frequencies."""
+        return self.kind in ("longrope", "dynamic")
 
     def to_dict(self) -> dict[str, object]:
         """The ``rope_scaling`` entry of config.json."""
-        if self.kind == "linear":
-            return {"rope_type": "linear", "type": "linear", "factor": self.factor}
-        return {
-            "rope_type": "llama3",
-            "factor": self.factor,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
+        entries: dict[str, object] = {"rope_type": self.kind}
+        if self.kind != "llama3":  # MiniCPM's own code reads the older name of this key
+            entries["type"] = self.kind
+        for name in ROPE_SCALINGS[self.kind]:
+            value = getattr(self, name)
+            if value is not None:
+                entries[name] = list(value) if isinstance(value, tuple) else value
+        return entries
 
     @staticmethod
     def from_dict(entry: Mapping[str, Any] | None) -> RopeScaling | None:
@@ -47,19 +92,28 @@ class RopeScaling:
         kind = entry.get("rope_type", entry.get("type", "default"))
         if kind == "default":
             return None
-        if kind not in ("linear", "llama3"):
+        if kind not in ROPE_SCALINGS:
             raise UserError(
-                f"rope_scaling type {kind!r} is not supported; supported: default, linear, llama3"
+                f"rope_scaling type {kind!r} is not supported; supported: default, {', '.join(ROPE_SCALINGS)}"
             )
-        known = {field.name for field in fields(RopeScaling)} - {"kind"}
-        return RopeScaling(kind=kind, **{key: value for key, value in entry.items() if key in known})
+        if kind == "longrope" and "original_max_position_embeddings" not in entry:
+            raise UserError("rope_scaling (longrope): original_max_position_embeddings is missing")
+        values = {name: entry[name] for name in ROPE_SCALINGS[kind] if name in entry}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        return RopeScaling(kind=kind, **values)
+
+
+def _is_positive(number: object) -> bool:
+    return isinstance(number, int | float) and not isinstance(number, bool) and 0 < number < math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape and scales of a decoder; field names are those of MiniCPM's ``config.json``.
 
-    Dense when ``num_experts`` is 0, else every feed-forward is a mixture of experts.
+    Dense when ``num_experts`` is 0, else every feed-forward is a mixture of experts. The gate's activation is
+    ``silu``, or ``fatrelu``: the identity above ``hidden_act_param``, and 0 below (MiniCPM-S; ProSparse,
+    arXiv 2402.13516).
 
     Raises:
         UserError: on values that no model can have, naming the field.
@@ -79,6 +133,8 @@ class ModelConfig:
     scale_emb: float = 12.0
     scale_depth: float = 1.4
     dim_model_base: float = 256.0
+    hidden_act: Literal["silu", "fatrelu"] = "silu"
+    hidden_act_param: float = 0.0
     initializer_range: float = 0.1
     tie_word_embeddings: bool = True
     bos_token_id: int = 1
@@ -99,7 +155,7 @@ class ModelConfig:
                 )
         for name in ["rope_theta", "rms_norm_eps", "scale_emb", "scale_depth", "dim_model_base"]:
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            if not _is_positive(value):
                 raise UserError(f"model config: {name} is {value!r}; it must be a positive number")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
@@ -110,6 +166,18 @@ class ModelConfig:
             raise UserError(
                 f"model config: head_dim {self.head_dim} is odd; rotary embeddings need an even one"
             )
+        if self.rope_scaling is not None and self.rope_scaling.kind == "longrope":
+            lengths = {len(self.rope_scaling.short_factor), len(self.rope_scaling.long_factor)}
+            if lengths != {self.head_dim // 2}:
+                raise UserError(
+                    f"model config: rope_scaling has {max(lengths)} factors; head_dim {self.head_dim} needs "
+                    f"{self.head_dim // 2} short and long ones"
+                )
+        threshold = self.hidden_act_param
+        if not (isinstance(threshold, int | float) and 0 <= threshold < math.inf):
+            raise UserError(f"model config: hidden_act_param is {threshold!r}; it must be a number from 0")
+        if self.num_experts and self.hidden_act != "silu":
+            raise UserError(f"model config: experts with hidden_act {self.hidden_act!r} are not supported")
         if self.num_experts and not 1 <= self.num_experts_per_tok <= self.num_experts:
             raise UserError(
                 f"model config: num_experts_per_tok is {self.num_experts_per_tok}; "
@@ -126,12 +194,23 @@ class ModelConfig:
         """Factor on the logits: 1 / m with m = hidden_size / dim_model_base (paper, table 7)."""
         return self.dim_model_base / self.hidden_size
 
+    @property
+    def attention_factor(self) -> float:
+        """Factor on the rotary cosines and sines: 1 but for longrope (arXiv 2402.13753, section 3.2)."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind != "longrope":
+            return 1.0
+        if scaling.attention_factor is not None:
+            return scaling.attention_factor
+        trained = scaling.original_max_position_embeddings
+        growth = scaling.factor or self.max_position_embeddings / trained
+        return math.sqrt(1 + math.log(growth) / math.log(trained)) if growth > 1 else 1.0
+
     def to_dict(self) -> dict[str, object]:
         """The ``config.json`` of this model (``MiniCPMForCausalLM`` and its keys)."""
         entries: dict[str, object] = {
             "architectures": ["MiniCPMForCausalLM"],
             "model_type": "minicpm",
-            "hidden_act": "silu",
             "attention_bias": False,
             "torch_dtype": "float32",
             "use_cache": True,
@@ -139,6 +218,8 @@ class ModelConfig:
         for field in fields(self):
             entries[field.name] = getattr(self, field.name)
         entries["rope_scaling"] = self.rope_scaling.to_dict() if self.rope_scaling else None
+        if self.hidden_act == "silu":
+            del entries["hidden_act_param"]
         if not self.num_experts:
             del entries["num_experts"], entries["num_experts_per_tok"]
         return entries
@@ -154,9 +235,9 @@ class ModelConfig:
                 windows, other activations), and for missing or malformed values.
         """
         family = _family(entries)
-        if entries.get("hidden_act", "silu") != "silu":
+        if entries.get("hidden_act", "silu") not in ("silu", "fatrelu"):
             raise UserError(
-                f"config.json: hidden_act {entries['hidden_act']!r} is not supported, only 'silu'"
+                f"config.json: hidden_act {entries['hidden_act']!r} is not supported, only 'silu' and 'fatrelu'"
             )
         for name in ("attention_bias", "mlp_bias"):
             if entries.get(name):
@@ -169,7 +250,7 @@ class ModelConfig:
             return _parse(entries, family)
         except KeyError as missing:
             raise UserError(f"config.json: the key {missing} is missing") from None
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, AttributeError) as error:
             raise UserError(f"config.json: a value is of the wrong kind ({error})") from None
 
 
@@ -195,10 +276,13 @@ def _parse(entries: Mapping[str, Any], family: str) -> ModelConfig:
     hidden, heads = entries["hidden_size"], entries["num_attention_heads"]
     layers = entries["num_hidden_layers"]
     rope = entries.get("rope_parameters") or {}
+    scaling = entries.get("rope_scaling") or rope
+    if isinstance(trained := entries.get("original_max_position_embeddings"), int):
+        scaling = {"original_max_position_embeddings": trained, **scaling}
     scales: dict[str, Any] = _SCALES[family](entries, hidden, layers)
     optional = (
         "max_position_embeddings rms_norm_eps initializer_range num_experts num_experts_per_tok "
-        "bos_token_id eos_token_id"
+        "bos_token_id eos_token_id hidden_act hidden_act_param"
     )
     values = {name: entries[name] for name in optional.split() if entries.get(name) is not None}
     if isinstance(values.get("eos_token_id"), list):  # Llama 3 lists several; the first ends a document
@@ -214,7 +298,7 @@ def _parse(entries: Mapping[str, Any], family: str) -> ModelConfig:
         num_key_value_heads=entries.get("num_key_value_heads") or heads,
         head_dim=entries.get("head_dim") or hidden // heads,
         rope_theta=float(entries.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
-        rope_scaling=RopeScaling.from_dict(entries.get("rope_scaling") or rope),
+        rope_scaling=RopeScaling.from_dict(scaling),
         tie_word_embeddings=bool(tied),
         **scales,
         **values,

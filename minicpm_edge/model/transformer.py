@@ -209,7 +209,12 @@ class MiniCPM(nn.Module):
         else:
             document_N = torch.bucketize(positions_N, cu_seqlens[1:], right=True)
             positions_N = positions_N - cu_seqlens[document_N]
-        cos_NC2, sin_NC2 = rope_tables(positions_N, self.inv_freq_C2)
+        inv_freq_C2 = self.inv_freq_C2
+        if self.config.rope_scaling is not None and self.config.rope_scaling.depends_on_length:
+            # All that shares a cache must turn alike, so its room decides, not what it holds by now.
+            length = cache.max_length if cache is not None else max_seqlen or time
+            inv_freq_C2 = inverse_frequencies(self.config, length).to(device)
+        cos_NC2, sin_NC2 = rope_tables(positions_N, inv_freq_C2, self.config.attention_factor)
         return Context(
             cos_NC2=cos_NC2,
             sin_NC2=sin_NC2,

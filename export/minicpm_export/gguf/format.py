@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from minicpm_edge.model.config import ModelConfig
 from minicpm_export.format import ExportedFile, ReadBack
 from minicpm_export.gguf.quantize import fallbacks, quantize, tensor_types
 from minicpm_export.gguf.runtime import LlamaRuntime
@@ -56,9 +57,17 @@ class GGUF:
                 files=[out],
                 read_backs=read_backs,
                 failures=failures,
-                notes=[*notes, *fallbacks(tensor_types(out), self.quant)],
+                notes=[*notes, *_context_notes(source.config), *fallbacks(tensor_types(out), self.quant)],
             )
         ]
+
+
+def _context_notes(config: ModelConfig) -> Iterator[str]:
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        yield (
+            f"dynamic rope scaling begins beyond {config.max_position_embeddings} tokens and has no form in GGUF: "
+            "up to there the file is the model"
+        )
 
 
 def _read_back(

@@ -42,16 +42,28 @@ KEYS: tuple[tuple[str, GGUFValueType, Reader], ...] = (
     ("logit_scale", F32, lambda config: 1.0 / config.logit_scale),
     ("rope.dimension_count", U32, lambda config: config.head_dim),
     ("rope.freq_base", F32, lambda config: config.rope_theta),
-    ("rope.scaling.type", STRING, lambda config: _interpolation(config) and "linear"),
-    ("rope.scaling.factor", F32, lambda config: _interpolation(config)),
+    ("rope.scaling.type", STRING, lambda config: _scaling(config, "kind")),
+    ("rope.scaling.factor", F32, lambda config: _scaling(config, "factor")),
+    (
+        "rope.scaling.original_context_length",
+        U32,
+        lambda config: _scaling(config, "original_max_position_embeddings", of="longrope"),
+    ),
+    (
+        "rope.scaling.attn_factor",
+        F32,
+        lambda config: _scaling(config, "kind", of="longrope") and config.attention_factor,
+    ),
     ("expert_count", U32, lambda config: config.num_experts or None),
     ("expert_used_count", U32, lambda config: config.num_experts_per_tok or None),
 )
 
 
-def _interpolation(config: ModelConfig) -> float | None:
+def _scaling(config: ModelConfig, name: str, *, of: str | None = None) -> Any:
+    """A field of a scaling that llama.cpp has a name for, of one kind of them or all; else None."""
     scaling = config.rope_scaling
-    return scaling.factor if scaling is not None and scaling.kind == "linear" else None
+    kinds = ("linear", "longrope") if of is None else (of,)
+    return getattr(scaling, name) if scaling is not None and scaling.kind in kinds else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,12 +146,20 @@ def rotary_order(num_heads: int, head_dim: int) -> NDArray[np.int64]:
     return rows.swapaxes(1, 2).reshape(-1)
 
 
-def frequency_factors(config: ModelConfig) -> NDArray[np.float32] | None:
-    """``rope_freqs.weight`` (C2,): what llama.cpp divides each base frequency by; None where keys say it all."""
-    if config.rope_scaling is None or config.rope_scaling.kind == "linear":
-        return None
+def frequency_factors(config: ModelConfig) -> dict[str, NDArray[np.float32]]:
+    """Tensors (C2,) that llama.cpp divides the base frequencies by, by name; none where keys say it all.
+
+    Of longrope's two it takes the short ones while a context is no longer than the original one. Dynamic NTK has no
+    form there, and needs none up to the trained context.
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind in ("linear", "dynamic"):
+        return {}
+    if scaling.kind == "longrope":
+        factors = {"long": scaling.long_factor, "short": scaling.short_factor}
+        return {f"rope_factors_{name}.weight": np.array(row, np.float32) for name, row in factors.items()}
     from minicpm_edge.model.rope import inverse_frequencies
 
     base_C2 = inverse_frequencies(replace(config, rope_scaling=None))
     factors_C2: NDArray[np.float32] = (base_C2 / inverse_frequencies(config)).numpy()
-    return factors_C2
+    return {"rope_freqs.weight": factors_C2}

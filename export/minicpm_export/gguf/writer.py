@@ -62,6 +62,11 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
         raise UserError("GGUF files are written on little-endian machines only")
     config, tensors, tokenizer = read_config(folder), open_hf_state_dict(folder), Tokenizer.load(folder)
     tokenizer.check_fits(config.vocab_size, folder)
+    if config.hidden_act != "silu":
+        raise UserError(
+            f"{folder}: hidden_act {config.hidden_act!r} has no GGUF form, llama.cpp computes silu only; "
+            "--onnx and --hf export it"
+        )
     specs = list(tensor_specs(config))
     factors = frequency_factors(config)
     writer = GGUFWriter(out, ARCHITECTURE)
@@ -70,8 +75,8 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
         _add_keys(writer, (*architecture_keys(config), *tokens), quant=quant, name=name)
         for spec in specs:
             _add_info(writer, spec, tensors, quant)
-        if factors is not None:
-            writer.add_tensor_info("rope_freqs.weight", factors.shape, factors.dtype, factors.nbytes)
+        for name_of_factors, row in factors.items():
+            writer.add_tensor_info(name_of_factors, row.shape, row.dtype, row.nbytes)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
@@ -81,8 +86,8 @@ def write_gguf(folder: Path, out: Path, *, quant: str, name: str, report: Report
         for index, spec in enumerate(specs):
             report(f"writing tensor {index + 1}/{len(specs)}  {spec.name}")
             _write(file, _pieces(spec, tensors, config, _torch_type(spec, quant)))
-        if factors is not None:
-            _write(file, [factors])
+        for row in factors.values():
+            _write(file, [row])
 
 
 def _add_keys(writer: GGUFWriter, entries: Iterable[Entry], *, quant: str, name: str) -> None:

@@ -44,6 +44,10 @@ class HuggingFace:
             raise UserError(
                 "a mixture of experts has no Granite form with these tensor names; leave --architecture granite out"
             )
+        if self.architecture == "granite" and source.config.hidden_act != "silu":
+            raise UserError(
+                f"hidden_act {source.config.hidden_act!r} has no Granite form; leave --architecture granite out"
+            )
         tensors = source.state_dict()
         report("copying weights")
         files = sorted({tensor.file for tensor in tensors.values()})

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from minicpm_kernels import rope_tables
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
@@ -151,10 +152,47 @@ def _lengths(builder: Builder) -> None:
 
 
 def _rotary_tables(builder: Builder) -> None:
-    inv_freq_C2 = inverse_frequencies(builder.config)
-    angles_SC2 = torch.arange(builder.config.max_position_embeddings).float()[:, None] * inv_freq_C2
-    builder.initializers.add("cos_cache", angles_SC2.cos().numpy())
-    builder.initializers.add("sin_cache", angles_SC2.sin().numpy())
+    """``cos_cache`` and ``sin_cache`` (S, C2); of longrope's two, those of the text's length so far."""
+    config = builder.config
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind != "longrope":
+        _add_rotary_tables(builder, "", config.max_position_embeddings, 0)
+        return
+    trained = scaling.original_max_position_embeddings
+    if config.max_position_embeddings <= trained:
+        _add_rotary_tables(builder, "", config.max_position_embeddings, trained)
+        return
+    branches = {}
+    for name, length in (("short", trained), ("long", config.max_position_embeddings)):
+        _add_rotary_tables(builder, f"{name}_", length, length)
+        copies = [
+            helper.make_node("Identity", [f"{name}_{table}"], [f"{name}_{table}_taken"])
+            for table in ("cos_cache", "sin_cache")
+        ]
+        outputs = [
+            helper.make_tensor_value_info(
+                f"{name}_{table}_taken", TensorProto.FLOAT, [length, config.head_dim // 2]
+            )
+            for table in ("cos_cache", "sin_cache")
+        ]
+        branches[name] = helper.make_graph(copies, f"{name}_rotary_tables", [], outputs)
+    limit = builder.constant("trained_length", trained, np.int64)
+    builder.node("Greater", ["total_length_64", limit], "is_long")
+    builder.node(
+        "If",
+        ["is_long"],
+        ["cos_cache", "sin_cache"],
+        then_branch=branches["long"],
+        else_branch=branches["short"],
+    )
+
+
+def _add_rotary_tables(builder: Builder, prefix: str, num_positions: int, length: int) -> None:
+    """Tables for so many positions, of texts of that length."""
+    inv_freq_C2 = inverse_frequencies(builder.config, length)
+    cos_SC2, sin_SC2 = rope_tables(torch.arange(num_positions), inv_freq_C2, builder.config.attention_factor)
+    builder.initializers.add(f"{prefix}cos_cache", cos_SC2.numpy())
+    builder.initializers.add(f"{prefix}sin_cache", sin_SC2.numpy())
 
 
 def _embed(builder: Builder) -> tuple[str, Callable[[str], str]]:
@@ -234,9 +272,12 @@ def _layer(builder: Builder, layer: int, residual: str, branch: str | None) -> t
         builder, f"{published}.post_attention_layernorm", residual, branch, f"{at}.feed_forward_norm"
     )
     gate, up = matmul(x, "gate"), matmul(x, "up")
-    sigmoid = builder.node("Sigmoid", [gate], f"{at}.sigmoid")
-    silu = builder.node("Mul", [gate, sigmoid], f"{at}.silu")
-    return residual, matmul(builder.node("Mul", [silu, up], f"{at}.gated"), "down")
+    if config.hidden_act == "fatrelu":
+        activated = builder.node("ThresholdedRelu", [gate], f"{at}.fatrelu", alpha=config.hidden_act_param)
+    else:
+        sigmoid = builder.node("Sigmoid", [gate], f"{at}.sigmoid")
+        activated = builder.node("Mul", [gate, sigmoid], f"{at}.silu")
+    return residual, matmul(builder.node("Mul", [activated, up], f"{at}.gated"), "down")
 
 
 def _norm(

@@ -1,5 +1,7 @@
 """Configs: the paper's counts, the families that are read, and what is refused."""
 
+import math
+
 import pytest
 
 from minicpm_edge.errors import UserError
@@ -90,9 +92,66 @@ def test_llama3_rope_scaling_is_read_and_written():
     assert config.to_dict()["rope_scaling"] == scaling
 
 
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+# As MiniCPM4, MiniCPM-2B-128K and MiniCPM-S publish them.
+PUBLISHED = {
+    "longrope": {
+        "rope_scaling": {"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 32768},
+        "max_position_embeddings": 32768,
+    },
+    "dynamic": {"rope_scaling": {"type": "dynamic", "factor": 4.0}, "max_position_embeddings": 65536},
+    "fatrelu": {"hidden_act": "fatrelu", "hidden_act_param": 0.01},
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_what_the_family_publishes_is_read_and_written(name):
+    config = ModelConfig.from_dict(LLAMA | PUBLISHED[name])
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    expected = PUBLISHED[name].get("rope_scaling")
+    written = config.to_dict()
+    if expected:
+        assert expected.items() <= written["rope_scaling"].items()
+    else:
+        assert PUBLISHED[name].items() <= written.items()
+
+
+def test_longrope_attention_factor_is_the_papers():
+    def factor(**changes):
+        scaling = {"rope_type": "longrope", **FACTORS, "original_max_position_embeddings": 4096, **changes}
+        entries = {"rope_scaling": scaling, "max_position_embeddings": 131072}
+        return ModelConfig.from_dict(LLAMA | entries).attention_factor
+
+    assert factor() == pytest.approx((1 + math.log(32) / math.log(4096)) ** 0.5)
+    assert factor(factor=8.0) == pytest.approx((1 + math.log(8) / math.log(4096)) ** 0.5)
+    assert factor(attention_factor=1.25, factor=8.0) == 1.25
+    assert factor(original_max_position_embeddings=131072) == 1.0
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        ({"rope_scaling": {"type": "longrope", **FACTORS}}, "original_max_position_embeddings is missing"),
+        (
+            {
+                "rope_scaling": {
+                    "type": "longrope",
+                    "short_factor": [1.0] * 7,
+                    "long_factor": [1.0] * 8,
+                    "original_max_position_embeddings": 8,
+                }
+            },
+            "needs 8 short",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, "factor is None"),
+        ({"rope_scaling": {"type": "dynamic", "factor": "4"}}, "factor is '4'"),
+        ({"rope_scaling": "dynamic"}, "wrong kind"),
+        (
+            {"rope_scaling": {"type": "longrope", **FACTORS, "original_max_position_embeddings": 1}},
+            "original_max_position_embeddings is 1",
+        ),
+        ({"hidden_act": "fatrelu", "hidden_act_param": -1}, "hidden_act_param is -1"),
+        ({"architectures": ["Qwen2ForCausalLM"]}, "Qwen2ForCausalLM"),
         ({"architectures": ["BertModel"]}, "BertModel"),
         ({"architectures": None}, "architecture None"),
         ({"attention_bias": True}, "attention_bias"),

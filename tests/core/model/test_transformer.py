@@ -69,10 +69,27 @@ def test_logits_equal_the_granite_oracle(tied):
         torch.testing.assert_close(model(ids), oracle(ids).logits, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "scaling", [None, RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=32)]
+SHORT = tuple(1.0 + 0.05 * index for index in range(8))
+LONG = tuple(1.0 + 0.7 * index for index in range(8))
+LONGROPE = RopeScaling(
+    kind="longrope", short_factor=SHORT, long_factor=LONG, original_max_position_embeddings=128
 )
-def test_a_llama_folder_loads_with_equal_logits(tmp_path, scaling):
+SCALINGS = {
+    "none": None,
+    "linear": RopeScaling(kind="linear", factor=2.0),
+    "llama3": RopeScaling(kind="llama3", factor=8.0, original_max_position_embeddings=32),
+    "longrope": LONGROPE,
+    "longrope with factor": dataclasses.replace(LONGROPE, factor=4.0),
+    "longrope with attention_factor": dataclasses.replace(LONGROPE, attention_factor=1.3),
+    "dynamic": RopeScaling(kind="dynamic", factor=4.0),
+}
+
+
+# Shorter than what longrope was trained for, longer than that, and longer than the context.
+@pytest.mark.parametrize("length", [100, 200, 400])
+@pytest.mark.parametrize("name", SCALINGS)
+def test_a_llama_folder_loads_with_equal_logits(tmp_path, name, length):
+    scaling = SCALINGS[name]
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
         vocab_size=320,
@@ -88,9 +105,37 @@ def test_a_llama_folder_loads_with_equal_logits(tmp_path, scaling):
     oracle = transformers.LlamaForCausalLM(config).eval()
     oracle.save_pretrained(tmp_path)
     model = load_checkpoint(tmp_path)
-    ids = random_ids(1, 100)
+    ids = random_ids(1, length)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids), oracle(ids).logits, atol=1e-5, rtol=1e-5)
+        expected = oracle(ids).logits
+        torch.testing.assert_close(model(ids), expected, atol=1e-5, rtol=1e-5)
+        # With a cache the longest text that it may hold decides: here just this one, token by token at the end.
+        cache = KVCache(model.config, 1, length)
+        parts = [
+            model(ids[:, a:b], cache=cache)
+            for a, b in ((0, length - 2), (length - 2, length - 1), (length - 1, length))
+        ]
+        torch.testing.assert_close(torch.cat(parts, dim=1), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_longrope_of_a_text_does_not_change_while_its_cache_fills():
+    config = dataclasses.replace(TINY, max_position_embeddings=256, rope_scaling=LONGROPE)
+    model, ids = make_model(config), random_ids(1, 140)
+    with torch.no_grad():
+        cache = KVCache(config, 1, 140)
+        parts = [model(ids[:, :100], cache=cache), model(ids[:, 100:], cache=cache)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), model(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_fatrelu_is_the_identity_above_its_threshold():
+    """MiniCPM-S, against the published definition."""
+    config = dataclasses.replace(TINY, hidden_act="fatrelu", hidden_act_param=0.02)
+    feed_forward = make_model(config).layers[0].feed_forward
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    gate, up = (x @ feed_forward.gate_up.weight.T).chunk(2, dim=-1)
+    kept = torch.where(gate > 0.02, gate, torch.zeros_like(gate))
+    assert 0.2 < (kept != 0).float().mean() < 0.6
+    torch.testing.assert_close(feed_forward(x), (kept * up) @ feed_forward.down.weight.T)
 
 
 def test_a_cache_gives_the_logits_of_the_full_pass():

@@ -15,6 +15,20 @@ from minicpm_edge.model.config import RopeScaling
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 LLAMA3 = RopeScaling(kind="llama3", factor=4.0, original_max_position_embeddings=64)
+
+
+def longrope(trained, **changes):
+    """A context of 1024 tokens, trained with ``trained``; llama.cpp's contexts are multiples of 256."""
+    scaling = RopeScaling(
+        kind="longrope",
+        short_factor=tuple(np.linspace(1.0, 1.5, 32).tolist()),
+        long_factor=tuple(np.linspace(1.0, 20.0, 32).tolist()),
+        original_max_position_embeddings=trained,
+        **changes,
+    )
+    return {"rope_scaling": scaling, "max_position_embeddings": 1024}
+
+
 VARIANTS = {
     "tied, grouped keys": {},
     "untied": {"tie_word_embeddings": False},
@@ -25,6 +39,10 @@ VARIANTS = {
     "untied mixture": {**EXPERTS, "tie_word_embeddings": False},
     "linear rope scaling": {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
     "llama3 rope scaling": {"rope_scaling": LLAMA3},
+    "longrope, short text": longrope(256),
+    "longrope, long text": longrope(64),
+    "longrope, given attention factor": longrope(64, attention_factor=1.2),
+    "dynamic rope scaling": {"rope_scaling": RopeScaling(kind="dynamic", factor=4.0)},
     "another rope base": {"rope_theta": 500_000.0},
     "neutral scales": {"scale_emb": 1.0, "scale_depth": 3**0.5, "dim_model_base": 256.0},
 }
@@ -127,6 +145,32 @@ def test_experts_and_rope_scaling_have_their_keys(make_model, tmp_path):
     got = {name: field.contents() for name, field in fields.items() if name.startswith("minicpm.")}
     assert (got["minicpm.expert_count"], got["minicpm.expert_used_count"]) == (4, 2)
     assert (got["minicpm.rope.scaling.type"], got["minicpm.rope.scaling.factor"]) == ("linear", 2.0)
+
+
+def test_longrope_has_its_keys_and_factors(make_model, tmp_path):
+    """Also after quantising."""
+    full = write(make_model(**longrope(256)), tmp_path / "full.gguf")
+    quantize(full, tmp_path / "m.gguf", "Q4_0")
+    for path in (full, tmp_path / "m.gguf"):
+        reader = GGUFReader(path)
+        got = {name: field.contents() for name, field in reader.fields.items() if "rope.scaling" in name}
+        assert got == {
+            "minicpm.rope.scaling.type": "longrope",
+            "minicpm.rope.scaling.original_context_length": 256,
+            "minicpm.rope.scaling.attn_factor": pytest.approx((1 + np.log(4) / np.log(256)) ** 0.5),
+        }
+        factors = {tensor.name: tensor.data for tensor in reader.tensors if "rope" in tensor.name}
+        np.testing.assert_allclose(factors["rope_factors_long.weight"], np.linspace(1, 20, 32), rtol=1e-6)
+        np.testing.assert_allclose(factors["rope_factors_short.weight"], np.linspace(1, 1.5, 32), rtol=1e-6)
+
+
+def test_another_activation_has_no_form(make_model, tmp_path):
+    from minicpm_edge.errors import UserError
+
+    folder = make_model(hidden_act="fatrelu", hidden_act_param=0.01)
+    with pytest.raises(UserError, match=r"'fatrelu' has no GGUF form.*--onnx and --hf"):
+        write(folder, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
 
 
 def test_the_tensors_are_the_checkpoints(files, make_model):

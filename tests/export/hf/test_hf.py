@@ -123,3 +123,11 @@ def test_a_mixture_has_no_granite_form(make_model, tmp_path):
     with pytest.raises(UserError, match="Granite"):
         export(HuggingFace(architecture="granite"), Source(folder=source, name="m"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_activation_has_no_granite_form(make_model, tmp_path):
+    source = Source(folder=make_model(hidden_act="fatrelu", hidden_act_param=0.01), name="m")
+    with pytest.raises(UserError, match="fatrelu"):
+        export(HuggingFace(architecture="granite"), source, tmp_path / "out")
+    [made] = export(HuggingFace(), source, tmp_path / "out")
+    assert made.passed and read_config(tmp_path / "out") == source.config

@@ -20,6 +20,17 @@ from minicpm_edge.formats.checkpoint import load_checkpoint, open_hf_state_dict,
 from minicpm_edge.model.config import RopeScaling
 from minicpm_edge.text.tokenizer import Tokenizer
 
+
+def longrope(trained, context):
+    scaling = RopeScaling(
+        kind="longrope",
+        short_factor=tuple(np.linspace(1.0, 1.5, 32).tolist()),
+        long_factor=tuple(np.linspace(1.0, 20.0, 32).tolist()),
+        original_max_position_embeddings=trained,
+    )
+    return {"rope_scaling": scaling, "max_position_embeddings": context}
+
+
 VARIANTS = {
     "tied, grouped keys": {},
     "untied": {"tie_word_embeddings": False},
@@ -28,6 +39,10 @@ VARIANTS = {
     "llama3 rope scaling": {
         "rope_scaling": RopeScaling(kind="llama3", factor=4.0, original_max_position_embeddings=64)
     },
+    "longrope, trained context": longrope(256, 256),
+    "longrope, short text": longrope(128, 256),
+    "dynamic rope scaling": {"rope_scaling": RopeScaling(kind="dynamic", factor=4.0)},
+    "fatrelu": {"hidden_act": "fatrelu", "hidden_act_param": 0.01},
     "rows that do not divide into blocks": {"intermediate_size": 500},
 }
 
@@ -59,6 +74,14 @@ def test_fp32_is_the_model(variant, make_model, token_ids, tmp_path):
     for through_cache in (False, True):
         got = OrtRuntime(path, through_cache=through_cache).logits(token_ids)
         np.testing.assert_allclose(got, expected, atol=2e-4, rtol=0)
+
+
+def test_longrope_turns_long_texts_by_the_long_factors(make_model, token_ids, tmp_path):
+    """A text longer than the trained context as one prompt; in parts the factors would change on the way."""
+    folder = make_model(**longrope(64, 256))
+    runtime = OrtRuntime(write(folder, tmp_path / "m.onnx", int8=False))
+    for ids in (token_ids[:60], token_ids[:64], token_ids[:65], token_ids):
+        np.testing.assert_allclose(runtime.logits(ids), torch_logits(folder, ids), atol=2e-4, rtol=0)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
