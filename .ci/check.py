@@ -14,6 +14,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import venv
 from importlib.util import find_spec
@@ -31,15 +32,23 @@ PARALLEL = ("-n", "logical", "--maxprocesses", "8", "--dist", "loadfile", "--no-
 
 def run(title: str, *command: str | Path, **environment: str) -> None:
     """Run one step and stop at the first that fails."""
+    code = call(title, *command, **environment)
+    if code:
+        sys.exit(code)
+
+
+def call(title: str, *command: str | Path, **environment: str) -> int:
+    """Run one step; returns its exit code."""
     print(f"\n=== {title}", flush=True)
     started = time.monotonic()
     code = subprocess.call([str(part) for part in command], cwd=ROOT, env={**os.environ, **environment})
-    print(
-        f"=== {title}: {'ok' if code == 0 else f'FAILED ({code})'}, {time.monotonic() - started:.0f} s",
-        flush=True,
-    )
-    if code:
-        sys.exit(code)
+    print(f"=== {title}: {verdict(code)}, {time.monotonic() - started:.0f} s", flush=True)
+    return code
+
+
+def verdict(code: int) -> str:
+    """An exit code in words."""
+    return "ok" if code == 0 else f"FAILED ({code})"
 
 
 def find_browser() -> None:
@@ -76,8 +85,17 @@ def check(python: str | Path, *arguments: str, **environment: str) -> None:
     """Lint, format, types and tests with the tools beside ``python``."""
     run("lint", python, "-m", "ruff", "check", ".")
     run("format", python, "-m", "ruff", "format", "--check", ".")
-    run("types", python, "-m", "mypy")
-    run("tests", python, "-m", "pytest", *PARALLEL, *arguments, **environment)
+    # The types beside the tests, which often wait.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+        subprocess.Popen([python, "-m", "mypy"], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT) as types,
+    ):
+        tests_code = call("tests", python, "-m", "pytest", *PARALLEL, *arguments, **environment)
+        types_code = types.wait()
+        output.seek(0)
+        print(f"\n=== types\n{output.read()}=== types: {verdict(types_code)}", flush=True)
+    if tests_code or types_code:
+        sys.exit(tests_code or types_code)
 
 
 def main(arguments: list[str]) -> None:

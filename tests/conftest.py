@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -24,14 +25,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SLOW_SECONDS = 2.0
 """A test that takes more processor time than this is to be marked slow: ``.ci/check.py --fast`` leaves it out."""
+DEFAULT_SLOW_SECONDS = 5.0
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with the most slow tests come first, so that no process is left alone with one at the end."""
-    num_slow: dict[object, int] = {}
+    """The longest files come first, by their slow tests, so that no process is left alone with one at the end."""
+    seconds: dict[object, float] = {}
     for item in items:
-        num_slow[item.path] = num_slow.get(item.path, 0) + (item.get_closest_marker("slow") is not None)
-    items.sort(key=lambda item: -num_slow[item.path])
+        mark = item.get_closest_marker("slow")
+        own = 0.0 if mark is None else mark.kwargs.get("seconds", DEFAULT_SLOW_SECONDS)
+        seconds[item.path] = seconds.get(item.path, 0.0) + own
+    items.sort(key=lambda item: -seconds[item.path])
+
+
+@pytest.fixture(autouse=True)
+def _torch_threads() -> Iterator[None]:
+    """An engine sets the number of torch's threads for the whole process: the next test gets the usual one again.
+
+    More threads than cores wait for one another at every operation: some tests took ten times as long.
+    """
+    yield
+    torch = sys.modules.get("torch")
+    if "PYTEST_XDIST_WORKER" in os.environ and torch is not None:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 @pytest.hookimpl(wrapper=True)

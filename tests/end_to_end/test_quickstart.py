@@ -32,7 +32,7 @@ def wait_until(found, process, seconds):
     assert found()
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 def test_quickstart_killed_in_training_goes_on_and_ends_with_answers(tmp_path):
     out = tmp_path / "quick"
     first = start(tmp_path)

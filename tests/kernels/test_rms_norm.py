@@ -141,6 +141,7 @@ def test_refuses_what_does_not_fit(device):
         fused(x, branch[:4], weight)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler modules
 def test_inductor_keeps_the_scale_after_a_matrix_product():
     """Inductor (torch 2.13) makes an addmm of ``torch.add(x, a @ b, alpha=…)`` that forgets alpha."""

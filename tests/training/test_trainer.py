@@ -147,7 +147,7 @@ def test_tensorboard_is_optional(make_recipe, train, tmp_path):
         assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=20)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own compiler modules
 def test_torch_compile_gives_the_same_losses(make_recipe, train, tmp_path):
     short = ("schedule.stable_tokens=512", "model.num_hidden_layers=1")

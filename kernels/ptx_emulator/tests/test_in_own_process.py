@@ -10,6 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
+@pytest.mark.slow(seconds=15)
 @pytest.mark.skipif("TRITON_INTERPRET" not in os.environ, reason="this session runs them itself")
 def test_emulator_where_triton_compiles():
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

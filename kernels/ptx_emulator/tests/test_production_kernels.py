@@ -20,6 +20,7 @@ TESTS = (
 )
 
 
+@pytest.mark.slow(seconds=15)
 @pytest.mark.parametrize("mode", ["lazy:1", "random:2"])
 def test_kernels_are_right_whatever_the_order(mode):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

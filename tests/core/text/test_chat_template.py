@@ -93,7 +93,7 @@ ESCAPES = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=1)
 @pytest.mark.parametrize("name", BOMBS)
 def test_bombs_are_stopped_within_a_bound(name, monkeypatch):
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.5)
