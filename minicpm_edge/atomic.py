@@ -17,7 +17,11 @@ from pathlib import Path
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yields an empty folder beside ``path``; on success it takes that place, on any exception it is removed."""
+    """Yields an empty folder beside ``path``; on success it takes that place, on any exception it is removed.
+
+    Raises:
+        OSError: for a disk that is full, or a place that cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
     temporary = _beside(path, "tmp")
@@ -35,7 +39,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a file name beside ``path`` to write; on success it takes that place, on any exception it is removed."""
+    """Yields a file name beside ``path`` to write; on success it takes that place, on any exception it is removed.
+
+    Raises:
+        OSError: for a disk that is full, or a place that cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     recover(path)
     temporary = _beside(path, "tmp")
@@ -65,7 +73,8 @@ def recover(path: Path) -> None:
     for leftover in sorted(path.parent.glob(f".{path.name}.old-*")):
         if path.exists():
             shutil.rmtree(leftover, ignore_errors=True)
-        else:  # killed between setting the old folder aside and renaming the new one
+        else:
+            # Killed between setting the old folder aside and renaming the new one.
             leftover.rename(path)
     for leftover in path.parent.glob(f".{path.name}.tmp-*"):
         if leftover.is_dir():
@@ -83,7 +92,8 @@ def _replace_folder(new: Path, path: Path) -> None:
         new.rename(path)
     else:
         old = _beside(path, "old")
-        path.rename(old)  # a folder that is not empty cannot be renamed over
+        # A folder that is not empty cannot be renamed over.
+        path.rename(old)
         new.rename(path)
         shutil.rmtree(old, ignore_errors=True)
     _sync(path.parent)
@@ -91,7 +101,8 @@ def _replace_folder(new: Path, path: Path) -> None:
 
 def _sync(path: Path) -> None:
     if path.is_dir() and sys.platform == "win32":
-        return  # Windows has no way to flush a folder, and renames are journalled
+        # Windows has no way to flush a folder, and renames are journalled.
+        return
     handle = os.open(path, os.O_RDONLY if path.is_dir() or sys.platform != "win32" else os.O_RDWR)
     try:
         os.fsync(handle)

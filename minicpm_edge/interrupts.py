@@ -1,4 +1,4 @@
-"""Ctrl-C as a request: the first signal asks for an orderly end, a second one insists."""
+"""Ctrl-C as a request: the first signal asks for an orderly end, a second one raises ``KeyboardInterrupt``."""
 
 from __future__ import annotations
 

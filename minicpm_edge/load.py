@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from minicpm_edge.language_model import LanguageModel
 
 MAX_CONTEXT, MAX_THREADS = 1 << 24, 1024
-# Above this many, half of the logical CPUs are hyper-threads or efficiency cores, which slow matrix products down.
+# Above this many, half of the logical CPUs are hyper-threads or efficiency cores, which slow matmuls down.
 FEW_CPUS = 4
 
 
@@ -62,7 +62,8 @@ def _container_cpus(cpu_max: Path) -> int | None:
     try:
         quota, period = cpu_max.read_text(encoding="ascii").split()
         return max(1, int(quota) // int(period))
-    except (OSError, ValueError, ZeroDivisionError):  # no such file, or no quota: "max 100000"
+    except (OSError, ValueError, ZeroDivisionError):
+        # No such file, or no quota: "max 100000".
         return None
 
 

@@ -32,7 +32,11 @@ OPS = ("attention", "attention_decode", "moe", "linear_cross_entropy", "rms_norm
 
 
 def examine() -> dict[str, Any]:
-    """What the command shows, as plain values."""
+    """What the command shows, as plain values.
+
+    Raises:
+        UserError: when ``MINICPM_KERNELS`` asks for kernels that cannot run here.
+    """
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -73,7 +77,8 @@ def _kernels() -> dict[str, dict[str, str]]:
     probe = torch.empty(1, device="cuda" if torch.cuda.is_available() else "cpu", dtype=torch.bfloat16)
     try:
         chosen = {op: kernels.choose_backend(probe, op) for op in OPS}
-    except (ValueError, RuntimeError) as error:  # MINICPM_KERNELS asks for what cannot be
+    except (ValueError, RuntimeError) as error:
+        # MINICPM_KERNELS asks for a backend that cannot run here.
         raise UserError(str(error)) from None
     return {op: {"backend": backend.name, "reason": backend.reason} for op, backend in chosen.items()}
 

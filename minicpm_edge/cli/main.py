@@ -58,7 +58,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code (0, 1 error, 2 usage, 130 interrupted)."""
     try:
         arguments = build_parser().parse_args(argv)
-    except SystemExit as stop:  # argparse exits on --help (0) and on wrong usage (2)
+    except SystemExit as stop:
+        # argparse exits on --help (0) and on wrong usage (2).
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
     try:
         return arguments.run_command(arguments) or 0
@@ -70,7 +71,8 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # `minicpm-edge … | head`
+    except BrokenPipeError:
+        # `minicpm-edge … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except MemoryError:
@@ -81,17 +83,20 @@ def main(argv: list[str] | None = None) -> int:
             raise
         print(f"error: {_missing_package(error)}", file=sys.stderr)
         return EXIT_ERROR
-    except RuntimeError as error:  # torch has no common class for this: CPU and CUDA differ
+    except RuntimeError as error:
+        # torch has no common class for a lack of memory: CPU and CUDA differ.
         if arguments.debug or not _is_out_of_memory(error):
             return _unexpected(error, arguments.debug)
         print(OUT_OF_MEMORY, file=sys.stderr)
         return EXIT_ERROR
-    except OSError as error:  # a full disk, a folder that cannot be written: not a bug of ours
+    except OSError as error:
+        # A full disk, a folder that cannot be written: not a bug of ours.
         if arguments.debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
-    except Exception as error:  # noqa: BLE001  the last resort: a user sees one line, we see all with --debug
+    except Exception as error:  # noqa: BLE001
+        # The last resort: a user sees one line, and all with --debug.
         return _unexpected(error, arguments.debug)
 
 

@@ -72,7 +72,8 @@ class RopeScaling:
     def to_dict(self) -> dict[str, object]:
         """The ``rope_scaling`` entry of config.json."""
         entries: dict[str, object] = {"rope_type": self.kind}
-        if self.kind != "llama3":  # MiniCPM's own code reads the older name of this key
+        # MiniCPM's own code reads the older name of this key.
+        if self.kind != "llama3":
             entries["type"] = self.kind
         for name in ROPE_SCALINGS[self.kind]:
             value = getattr(self, name)
@@ -285,7 +286,8 @@ def _parse(entries: Mapping[str, Any], family: str) -> ModelConfig:
         "bos_token_id eos_token_id hidden_act hidden_act_param"
     )
     values = {name: entries[name] for name in optional.split() if entries.get(name) is not None}
-    if isinstance(values.get("eos_token_id"), list):  # Llama 3 lists several; the first ends a document
+    # Llama 3 lists several; the first ends a document.
+    if isinstance(values.get("eos_token_id"), list):
         values["eos_token_id"] = values["eos_token_id"][0]
     # The published MiniCPM configs and transformers disagree on the default: MiniCPM ties, Llama does not.
     tied = entries.get("tie_word_embeddings", family == "minicpm")

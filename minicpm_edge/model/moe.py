@@ -1,6 +1,6 @@
 """The mixture-of-experts feed-forward (paper, section 6.4).
 
-Legend: N tokens of a packed batch, D model width.
+Legend: N tokens of a packed batch, D model width, F feed-forward width, E experts, A experts per token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ from minicpm_edge.model.config import ModelConfig
 
 
 class MixtureOfExperts(nn.Module):
-    """Each token goes to its top-k of E SwiGLU experts, weighted by the renormalised router: (N, D) → (N, D)."""
+    """Each token goes to its A of E SwiGLU experts, weighted by the renormalised router: (N, D) → (N, D).
+
+    Weights: ``router`` (E, D), ``gate_up`` (E, 2F, D), ``down`` (E, D, F).
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -38,16 +38,16 @@ def param_groups(
     """Initialisation and learning rate of every group (paper, table 7): the one table.
 
     The paper does not say whether the (tied) embedding counts as 2-D. ``embedding_rule="input"`` (default)
-    treats it as the look-up it is: base std and base learning rate, as other muP implementations do;
+    treats it as a lookup: base std and base learning rate, as other muP implementations do;
     ``"matrix"`` scales it like the other 2-D tensors. An untied head is a matrix. The router
     starts at N(0, 0.1) (paper, section 6.4).
     """
     m = width_multiplier(config)
     std = config.initializer_range
     matrix = ParamGroup(init_std=std / math.sqrt(m), lr_multiplier=1.0 / m, weight_decay=True)
-    look_up = ParamGroup(init_std=std, lr_multiplier=1.0, weight_decay=True)
+    lookup = ParamGroup(init_std=std, lr_multiplier=1.0, weight_decay=True)
     return {
-        "embedding": look_up if embedding_rule == "input" else matrix,
+        "embedding": lookup if embedding_rule == "input" else matrix,
         "matrix": matrix,
         "router": ParamGroup(init_std=0.1, lr_multiplier=1.0 / m, weight_decay=True),
         "norm": ParamGroup(init_std=0.0, ones=True, lr_multiplier=1.0, weight_decay=False),

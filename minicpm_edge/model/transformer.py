@@ -19,7 +19,8 @@ from minicpm_edge.model.moe import MixtureOfExperts
 from minicpm_edge.model.mup import EmbeddingRule, group_of, param_groups
 from minicpm_edge.model.rope import inverse_frequencies
 
-LOAD_BALANCE_WEIGHT = 0.01  # paper, section 6.4
+# Paper, section 6.4.
+LOAD_BALANCE_WEIGHT = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,9 +181,17 @@ class MiniCPM(nn.Module):
         max_seqlen: int | None = None,
         z_loss: float = 0.0,
     ) -> Loss:
-        """Cross-entropy of the targets (-100 is ignored), never holding the logits of all tokens at once.
+        """Summed cross-entropy of a batch, in nats; the logits of all tokens are never held at once.
 
-        ``z_loss`` weighs log(Z)² (PaLM, section 5). Mixtures of experts add 0.01 × their load-balance loss.
+        Args:
+            input_ids_BT: token ids, (B, T).
+            targets_BT: the id to predict at each position, (B, T); -100 where there is none.
+            cu_seqlens: as for :meth:`hidden`.
+            max_seqlen: as for :meth:`hidden`.
+            z_loss: weight of log(Z)² (PaLM, arXiv 2204.02311, section 5).
+
+        Returns:
+            Sums over the targets. Mixtures of experts add 0.01 × their load-balance loss to ``total``.
         """
         hidden_BTD, balance = self._decode(input_ids_BT, cu_seqlens, max_seqlen, None)
         result = linear_cross_entropy(

@@ -19,7 +19,7 @@ from minicpm_edge.text.chatml import CHATML_TEMPLATE
 Message = Mapping[str, object]
 
 ROLES = ("system", "user", "assistant", "tool")
-# Code points that Unicode promises never to assign: they serve as marks that no message needs.
+# Code points that Unicode promises never to assign: sentinels that no message needs.
 NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 
 

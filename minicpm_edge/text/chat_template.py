@@ -35,9 +35,11 @@ MAX_WORK = 128 << 20
 MAX_SECONDS = 2.0
 MAX_INTEGER_BITS = 256
 MAX_INDENT = 64
-ITEM_COST, PIECE_COST = 8, 64  # bytes that a list takes for an item, and for an item with a text of its own
+# Bytes that a list takes for an item, and for an item with a text of its own.
+ITEM_COST, PIECE_COST = 8, 64
 LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
-BUDGET = "the budget"  # a name in the context that no template can spell
+# A name in the context that no template can spell.
+BUDGET = "the budget"
 
 # The filters and methods that published templates use. What takes a width (center, ljust, format) is not among them.
 FILTERS = """
@@ -87,7 +89,8 @@ class Budget:
 
     def measure(self, value: object) -> None:
         """Charge the full size of ``value``, lists within lists included, however often they are shared."""
-        if type(value) is str:  # nearly every value is
+        # Nearly every value is a text.
+        if type(value) is str:
             self.charge(1 + len(value))
             return
         waiting = [value]
@@ -153,7 +156,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         budget = _budget(context)
         budget.charge(budget.turn_cost)
         budget.measure([*arguments, *named.values()])
-        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)  # the sandbox wraps str.format
+        # The sandbox wraps str.format.
+        owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
         for kind in (str, dict, list, tuple, int, float, bytes, type):
             if isinstance(owner, kind) and obj.__name__ not in METHODS.get(kind, ()):
                 raise SecurityError(f"it calls {kind.__name__}.{obj.__name__}, which templates may not")
@@ -184,7 +188,8 @@ def _text_cost(name: str, text: str, arguments: Sequence[Any], named: Mapping[st
     return ITEM_COST * len(text) if name in ("list", "reverse", "sort", "unique") else len(text)
 
 
-_BUILTIN = Environment()  # Jinja's own filters, called with the arguments that Jinja gives them
+# Jinja's own filters, called with the arguments that Jinja gives them.
+_BUILTIN = Environment()
 
 
 def _guarded(name: str) -> Callable[..., Any]:
@@ -308,9 +313,11 @@ def _filtered(node: nodes.Node, name: str) -> nodes.Filter:
 @lru_cache(maxsize=1)
 def _sandbox() -> _Sandbox:
     sandbox = _Sandbox(
-        trim_blocks=True,  # as `transformers` sets them
+        # As `transformers` sets them.
+        trim_blocks=True,
         lstrip_blocks=True,
-        optimized=False,  # no arithmetic while compiling: the budget is not there yet
+        # No arithmetic while compiling: the budget is not there yet.
+        optimized=False,
         finalize=_output,
         extensions=["jinja2.ext.loopcontrols", _Generation],
         cache_size=0,

@@ -21,9 +21,11 @@ from minicpm_edge.errors import UserError
 
 UNIGRAM, BPE = 1, 2
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-NEVER = -1e6  # the score of pieces that text cannot spell, "<unk>" and "<0x0A>" among them
+# The score of pieces that text cannot spell, "<unk>" and "<0x0A>" among them.
+NEVER = -1e6
 SPACE = "▁"
-MAX_MERGE_PIECE = 64  # characters; pieces are at most 16 long by default
+# Characters; pieces are at most 16 long by default.
+MAX_MERGE_PIECE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,8 @@ def _build(
             unk_token=pieces[unknown].text,
             fuse_unk=True,
             byte_fallback=byte_fallback,
-            ignore_merges=bool(user_defined),  # a user-defined piece is split off below and taken whole
+            # A user-defined piece is split off below and taken whole.
+            ignore_merges=bool(user_defined),
         )
     elif kind == UNIGRAM:
         found_in_text = (NORMAL, USER_DEFINED)

@@ -57,11 +57,13 @@ class Tokenizer:
         self._config = dict(config)
         try:
             self._backend: Any = tokenizers.Tokenizer.from_str(definition)
-        except Exception as error:  # what `tokenizers` raises for any file that it cannot read
+        except Exception as error:
+            # What `tokenizers` raises for any file that it cannot read.
             raise UserError(f"this is not a tokenizer that can be read: {error}") from error
         self._backend.no_padding()
         self._backend.no_truncation()
-        self._backend.encode_special_tokens = True  # look-alikes of special tokens are text; see `encode`
+        # Look-alikes of special tokens are text; see `encode`.
+        self._backend.encode_special_tokens = True
         added = self._backend.get_added_tokens_decoder()
         self._added: dict[int, str] = {index: token.content for index, token in added.items()}
         #: The special tokens, text to id.
@@ -70,7 +72,8 @@ class Tokenizer:
         }
         self.bos_token = self._named_token("bos_token", BOS)
         self.eos_token = self._named_token("eos_token", EOS)
-        for token in (self.bos_token, self.eos_token):  # some files do not mark them
+        # Some files do not mark them.
+        for token in (self.bos_token, self.eos_token):
             self.special_tokens.setdefault(token, self.vocab[token])
         self.chat_template: str | None = self._config.get("chat_template")
 
@@ -193,7 +196,8 @@ class Tokenizer:
         """Ids of many texts, as :meth:`encode` gives them; much faster, on all cores that `tokenizers` may use."""
         try:
             encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        except TypeError:  # what `tokenizers` raises for a string with half a surrogate pair
+        except TypeError:
+            # What `tokenizers` raises for a string with half a surrogate pair.
             encodings = self._backend.encode_batch_fast(
                 [_valid_unicode(text) for text in texts], add_special_tokens=False
             )
@@ -337,7 +341,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
     """The tokenizer's settings, with the chat template under ``chat_template`` wherever the folder keeps it."""
     config = read_json(folder / CONFIG_FILE, missing_ok=True)
     template = config.get("chat_template")
-    if isinstance(template, list):  # the older form with several named templates
+    # The older form with several named templates.
+    if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     beside = folder / "chat_template.jinja"
