@@ -77,9 +77,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--architecture",
-        choices=("minicpm", "granite"),
-        default="minicpm",
-        help="HF: the name in config.json; granite computes the same and is what transformers knows",
+        choices=("minicpm", "granite", "llama"),
+        default=None,
+        help="HF: the architecture's name in config.json (default: the model's own). granite has the same tensors, "
+        "for transformers; llama has the scales multiplied into them, for all that runs a Llama",
     )
     parser.add_argument(
         "--out", type=Path, metavar="PATH", help="file or folder to write (default: in the run's exports/)"
@@ -97,14 +98,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> int:
     option = FORMATS[arguments.form]
     _check_quant(arguments.form, arguments.quant)
-    if arguments.architecture != "minicpm" and arguments.form != "hf":
+    if arguments.architecture is not None and arguments.form != "hf":
         raise UserError("--architecture goes with --hf; the other forms have one name each")
     found = resolve_model(arguments.model)
     if found.kind != "hf":
         raise UserError(
             f"{found.path} is {found.kind.upper()} already: export from the run or checkpoint it was made from"
         )
-    return _export(found, arguments, option.make(arguments.quant, arguments.architecture))
+    return _export(found, arguments, option.make(arguments.quant, arguments.architecture or "own"))
 
 
 def _check_quant(name: str, asked: str | None) -> None:

@@ -9,7 +9,9 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -38,11 +40,29 @@ class LazyTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @property
+    def num_bytes(self) -> int:
+        """Its size in the file."""
+        return prod(self.shape) * self.dtype.itemsize
+
     def read(self) -> Tensor:
         """The tensor, on the CPU, in its stored dtype."""
         with safe_open(self.file, framework="pt") as tensors:
             tensor: Tensor = tensors.get_tensor(self.name)
         return tensor
+
+
+class TensorSource(Protocol):
+    """A tensor that is made only when it is written."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Its size."""
+        ...
+
+    def read(self) -> Tensor:
+        """The tensor, on the CPU, contiguous, sharing its memory with no other."""
+        ...
 
 
 class HFStateDict(Mapping[str, LazyTensor]):
@@ -183,34 +203,48 @@ def write_model(folder: Path, model: MiniCPM, *, tokenizer: Path | None = None) 
     write_json(folder / "config.json", config)
     generation = {"bos_token_id": model.config.bos_token_id, "eos_token_id": model.config.eos_token_id}
     write_json(folder / "generation_config.json", generation)
-    _write_weights(folder, state)
+    write_weights(folder, {name: _InMemory(tensor) for name, tensor in state.items()})
     if tokenizer is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, folder / name)
 
 
-def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """One ``model.safetensors``, or shards of at most 4 GB with an index, as the Hugging Face hub has them."""
-    shards: list[dict[str, Tensor]] = [{}]
+@dataclass(frozen=True)
+class _InMemory:
+    tensor: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.tensor.nbytes
+
+    def read(self) -> Tensor:
+        # Merged weights share storage between HF names, which the format refuses.
+        return self.tensor.to("cpu", copy=True).contiguous()
+
+
+def write_weights(folder: Path, state: Mapping[str, TensorSource]) -> None:
+    """One ``model.safetensors``, or shards of at most 4 GB with an index, as the Hugging Face hub has them.
+
+    One shard is in memory at a time. Not atomic by itself.
+    """
+    shards: list[dict[str, TensorSource]] = [{}]
     size = 0
     for name, tensor in state.items():
-        if shards[-1] and size + tensor.nbytes > MAX_SHARD_BYTES:
+        if shards[-1] and size + tensor.num_bytes > MAX_SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = tensor
-        size += tensor.nbytes
+        size += tensor.num_bytes
     count = len(shards)
     files = [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
     if count == 1:
         files = ["model.safetensors"]
     for file, shard in zip(files, shards, strict=True):
-        # Merged weights share storage between HF names, which the format refuses: one copy a shard.
-        copies = {name: tensor.to("cpu", copy=True).contiguous() for name, tensor in shard.items()}
-        write_tensors(copies, folder / file)
+        write_tensors({name: tensor.read() for name, tensor in shard.items()}, folder / file)
     if count > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        total = sum(tensor.nbytes for tensor in state.values())
+        total = sum(tensor.num_bytes for tensor in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
 

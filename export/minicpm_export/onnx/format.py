@@ -95,7 +95,10 @@ def _write_settings(folder: Path, source: Source, quants: Sequence[str], externa
     if tokenizer.chat_template:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8", newline="\n")
     # Granite's name for the architecture: transformers.js has no entry for MiniCPM, and the function is the same.
-    entries = granite_config(config)
+    # It only looks for sizes there.
+    entries = {**config.to_dict(), "architectures": ["GraniteForCausalLM"], "model_type": "granite"}
+    if config.hidden_act == "silu":
+        entries = granite_config(source)
     entries["transformers.js_config"] = {
         "dtype": "q8" if "INT8" in quants else "fp32",
         "use_external_data_format": {Path(FILES[quant][0]).name: 1 for quant in external},

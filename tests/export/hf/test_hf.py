@@ -1,9 +1,11 @@
 """The Hugging Face folder: the same bits, the same function, also as `transformers` reads it."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from minicpm_export.hf import fold
 from minicpm_export.hf import format as hf_format
 from minicpm_export.hf.format import HuggingFace
 from minicpm_export.pipeline import export
@@ -118,10 +120,80 @@ def test_transformers_computes_the_same_from_the_granite_folder(make_model, toke
     )
 
 
-def test_a_mixture_has_no_granite_form(make_model, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_computes_the_same_from_the_llama_folder(tied, dtype, make_model, token_ids, tmp_path):
+    """The scales are in the weights: in F32, whose rounding is all that may differ."""
+    transformers = pytest.importorskip("transformers")
+    source = tmp_path / "source"
+    original = make_model(tie_word_embeddings=tied)
+    save_checkpoint(source, load_checkpoint(original, dtype=dtype), tokenizer=original)
+    [made] = export(HuggingFace(architecture="llama"), Source(folder=source, name="m"), tmp_path / "out")
+    assert made.checks[0].measures.mean_kl < 1e-10
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    assert type(model).__name__ == "LlamaForCausalLM" and model.config.tie_word_embeddings == tied
+    ids = torch.tensor([token_ids])
+    with torch.inference_mode():
+        torch.testing.assert_close(model(ids).logits, load_checkpoint(source)(ids), atol=1e-4, rtol=0)
+    kinds = {name: tensor.dtype for name, tensor in open_hf_state_dict(tmp_path / "out").items()}
+    assert kinds["model.layers.0.mlp.down_proj.weight"] == torch.float32
+    assert kinds["model.layers.0.mlp.up_proj.weight"] == dtype
+
+
+def test_a_wrong_fold_is_caught(make_model, tmp_path, monkeypatch):
+    scale = fold._scale
+    monkeypatch.setattr(
+        fold, "_scale", lambda config, name: scale(config, name) if "norm" not in name else 1.0
+    )
+    with pytest.raises(UserError, match="failed verification"):
+        export(HuggingFace(architecture="llama"), Source(folder=make_model(), name="m"), tmp_path / "out")
+
+
+def test_a_published_folder_keeps_its_own_names_and_code(make_model, tmp_path):
+    """auto_map, the code that it names, and keys that this program does not know."""
+    folder = tmp_path / "m"
+    shutil.copytree(make_model(), folder)
+    entries = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    own = {"auto_map": {"AutoConfig": "configuration_minicpm.MiniCPMConfig"}, "mup_denominator": 32}
+    (folder / "config.json").write_text(json.dumps(entries | own), encoding="utf-8")
+    (folder / "configuration_minicpm.py").write_text("# theirs", encoding="utf-8")
+    [made] = export(HuggingFace(), Source(folder=folder, name="m"), tmp_path / "out")
+    copied = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    assert copied == entries | own | {"eos_token_id": [2, 4]}
+    assert (tmp_path / "out" / "configuration_minicpm.py").read_text(encoding="utf-8") == "# theirs"
+    assert "configuration_minicpm.py" in made.sha256
+    export(HuggingFace(architecture="granite"), Source(folder=folder, name="m"), tmp_path / "granite")
+    assert not list((tmp_path / "granite").glob("*.py"))
+
+
+@pytest.mark.slow
+def test_a_llama_stays_one(token_ids, tokenizer_folder, tmp_path):
+    """By default a folder goes by its own architecture; --architecture minicpm renames it."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).eval().save_pretrained(tmp_path / "m")
+    shutil.copytree(tokenizer_folder, tmp_path / "m", dirs_exist_ok=True)
+    for architecture, name in (("own", "LlamaForCausalLM"), ("minicpm", "MiniCPMForCausalLM")):
+        out = tmp_path / architecture
+        [made] = export(HuggingFace(architecture=architecture), Source(folder=tmp_path / "m", name="m"), out)
+        assert made.passed
+        assert json.loads((out / "config.json").read_text(encoding="utf-8"))["architectures"] == [name]
+    assert (
+        type(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "own")).__name__
+        == "LlamaForCausalLM"
+    )
+
+
+@pytest.mark.parametrize("architecture", ["granite", "llama"])
+def test_a_mixture_has_no_other_form(architecture, make_model, tmp_path):
     source = make_model(num_experts=4, num_experts_per_tok=2)
-    with pytest.raises(UserError, match="Granite"):
-        export(HuggingFace(architecture="granite"), Source(folder=source, name="m"), tmp_path / "out")
+    with pytest.raises(UserError, match=f"no {architecture} form"):
+        export(HuggingFace(architecture=architecture), Source(folder=source, name="m"), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
