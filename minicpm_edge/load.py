@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from minicpm_edge.cores import affinity_cpus, usable_cpus
 from minicpm_edge.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,19 +52,8 @@ def load(
 
 def default_threads() -> int:
     """One thread for each real core this process may use, as far as that can be told."""
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = usable if usable <= FEW_CPUS else max(usable // 2, FEW_CPUS)
-    return min(threads, _container_cpus(Path("/sys/fs/cgroup/cpu.max")) or threads)
-
-
-def _container_cpus(cpu_max: Path) -> int | None:
-    """The CPU quota of a Linux container (``docker run --cpus``), in whole CPUs; None where there is none."""
-    try:
-        quota, period = cpu_max.read_text(encoding="ascii").split()
-        return max(1, int(quota) // int(period))
-    except (OSError, ValueError, ZeroDivisionError):
-        # No such file, or no quota: "max 100000".
-        return None
+    cpus = affinity_cpus()
+    return min(cpus if cpus <= FEW_CPUS else max(cpus // 2, FEW_CPUS), usable_cpus())
 
 
 def _runner(found: ModelRef, context_length: int | None, threads: int) -> ModelRunner:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points, version
 
 from minicpm_edge.cli.command import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_USAGE, Command
@@ -61,10 +62,15 @@ def main(argv: list[str] | None = None) -> int:
     except SystemExit as stop:
         # argparse exits on --help (0) and on wrong usage (2).
         return stop.code if isinstance(stop.code, int) else EXIT_USAGE
+    return run_guarded(lambda: arguments.run_command(arguments), debug=arguments.debug)
+
+
+def run_guarded(run: Callable[[], int | None], *, debug: bool) -> int:
+    """Run a command and return its exit code; an error is one line on stderr, or with ``debug`` raised."""
     try:
-        return arguments.run_command(arguments) or 0
+        return run() or 0
     except UserError as error:
-        if arguments.debug:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
@@ -79,25 +85,25 @@ def main(argv: list[str] | None = None) -> int:
         print(OUT_OF_MEMORY, file=sys.stderr)
         return EXIT_ERROR
     except ImportError as error:
-        if arguments.debug:
+        if debug:
             raise
         print(f"error: {_missing_package(error)}", file=sys.stderr)
         return EXIT_ERROR
     except RuntimeError as error:
         # torch has no common class for a lack of memory: CPU and CUDA differ.
-        if arguments.debug or not _is_out_of_memory(error):
-            return _unexpected(error, arguments.debug)
+        if debug or not _is_out_of_memory(error):
+            return _unexpected(error, debug)
         print(OUT_OF_MEMORY, file=sys.stderr)
         return EXIT_ERROR
     except OSError as error:
         # A full disk, a folder that cannot be written: not a bug of ours.
-        if arguments.debug:
+        if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
     except Exception as error:  # noqa: BLE001
         # The last resort: a user sees one line, and all with --debug.
-        return _unexpected(error, arguments.debug)
+        return _unexpected(error, debug)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

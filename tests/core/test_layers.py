@@ -27,7 +27,7 @@ PACKAGES = {
 SHIPPED = [name for name in PACKAGES if name not in ("minicpm_kernels_testing", "ptx_emulator")]
 # Core from the ground up: a line may import the lines above it, and nothing on its own line but itself.
 CORE_FLOORS = (
-    ("errors", "atomic", "interrupts"),
+    ("errors", "atomic", "cores", "interrupts"),
     ("json_file",),
     ("model", "text"),
     ("formats",),

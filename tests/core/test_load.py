@@ -8,8 +8,9 @@ import os
 import pytest
 
 from minicpm_edge import load
+from minicpm_edge.cores import container_cpus
 from minicpm_edge.errors import UserError
-from minicpm_edge.load import _container_cpus, default_threads
+from minicpm_edge.load import default_threads
 
 
 @pytest.fixture
@@ -97,8 +98,8 @@ def test_default_threads_are_some_of_the_cpus():
 )
 def test_a_container_may_have_fewer(tmp_path, text, cpus):
     (tmp_path / "cpu.max").write_text(text)
-    assert _container_cpus(tmp_path / "cpu.max") == cpus
-    assert _container_cpus(tmp_path / "missing") is None
+    assert container_cpus(tmp_path / "cpu.max") == cpus
+    assert container_cpus(tmp_path / "missing") is None
 
 
 def _copy(source, target):

@@ -14,7 +14,7 @@ from minicpm_training import hardware
 from minicpm_training.recipe.files import load_recipe
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Run
-from minicpm_training.session import Watcher, train_run
+from minicpm_training.session import RunContext, train_run
 
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.text.tokenizer import Tokenizer
@@ -107,7 +107,7 @@ def train() -> Callable[[Recipe, Path], Run]:
     def run_it(recipe: Recipe, folder: Path) -> Run:
         run = Run(folder=folder)
         with open_null() as stream:
-            assert train_run(recipe, run, Watcher(progress=Progress(stream)))
+            assert train_run(recipe, run, RunContext(progress=Progress(stream)))
         return run
 
     def open_null():

@@ -191,7 +191,7 @@ def test_an_interrupt_saves_a_checkpoint_and_exits_130(make_recipe, tmp_path, nu
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "go on: minicpm-edge train --resume" in output
+    assert "resume: minicpm-edge train --resume" in output
     (step,) = run.trunk.steps()
     assert run.trunk.metrics()[-1]["step"] == step >= 3
 

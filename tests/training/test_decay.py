@@ -3,7 +3,7 @@
 import pytest
 from minicpm_training.recipe.branching import decay_recipe
 from minicpm_training.recipe.files import load_recipe
-from minicpm_training.session import Watcher, train_branch
+from minicpm_training.session import RunContext, train_branch
 
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
@@ -16,8 +16,8 @@ def branch_off(tmp_path):
         recipe = decay_recipe(load_recipe(str(run.trunk.recipe_path)), at, tokens, settings)
         start = run.trunk.checkpoint(at)
         with (tmp_path / "log").open("w") as stream:
-            watcher = Watcher(progress=Progress(stream))
-            assert train_branch(recipe, run, run.decay(start.name), start, watcher)
+            context = RunContext(progress=Progress(stream))
+            assert train_branch(recipe, run, run.decay(start.name), start, context)
         return run.decay(start.name)
 
     return branch_off

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from minicpm_training import distributed, evaluation
+from minicpm_training import evaluation
+from minicpm_training.commands.job import check_num_processes
 from minicpm_training.data.packed_dataloader import open_packed
 from minicpm_training.evaluation import Validation
+from minicpm_training.parallel import process_group
 from minicpm_training.recipe.files import to_toml
 from minicpm_training.run import Run
 
@@ -60,7 +62,7 @@ def kill_all(process):
     process.kill()
 
 
-def wait_for_updates(process, run, count):
+def wait_for_steps(process, run, count):
     end = time.monotonic() + 240
     while len(run.trunk.metrics()) < count:
         if process.poll() is not None or time.monotonic() > end:
@@ -109,7 +111,7 @@ def lines(run, key):
 @pytest.mark.slow
 def test_three_processes_train_the_model_of_one(start, make_recipe, train, workspace, tmp_path):
     settings = (
-        "batch_tokens=192",  # of 6 rows, in micro-batches of 2: the same for one process and for three
+        "batch_tokens=192",  # of 6 sequences, in micro-batches of 2: the same for one process and for three
         "model.num_experts=2",  # fewer than processes; nor can they share the width evenly
         "model.num_experts_per_tok=1",
         "optimizer.z_loss=0.001",
@@ -148,13 +150,13 @@ def test_three_processes_train_the_model_of_one(start, make_recipe, train, works
 @NO_SIGNALS
 def test_stopped_with_two_processes_and_resumed_with_one_and_with_four(start, make_recipe, train, tmp_path):
     process, run = start("run", *LONG)
-    wait_for_updates(process, run, 3)
+    wait_for_steps(process, run, 3)
     pids = workers(process)
     assert len(pids) == 2
     process.send_signal(signal.SIGTERM)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 130
-    assert f"go on: minicpm-edge train --resume {run.folder} --nproc 2" in out
+    assert f"resume: minicpm-edge train --resume {run.folder} --nproc 2" in out
     assert_none_left(pids)
     (step,) = run.trunk.steps()
     assert run.trunk.metrics()[-1]["step"] == step >= 3
@@ -175,7 +177,7 @@ def test_stopped_with_two_processes_and_resumed_with_one_and_with_four(start, ma
 @NO_SIGNALS
 def test_a_killed_process_ends_all_with_one_line(start):
     process, run = start("run", *LONG)
-    wait_for_updates(process, run, 2)
+    wait_for_steps(process, run, 2)
     pids = workers(process)
     os.kill(pids[1], signal.SIGKILL)
     out, error = process.communicate(timeout=120)
@@ -194,7 +196,7 @@ def test_no_process_outlives_its_launcher(start, num_updates):
     while len(pids := workers(process)) < 2:
         assert process.poll() is None
         time.sleep(0.01)
-    wait_for_updates(process, run, num_updates)
+    wait_for_steps(process, run, num_updates)
     process.kill()
     assert_none_left(pids)
     assert len(run.trunk.steps()) == (1 if num_updates else 0)  # in training they stop with a checkpoint
@@ -212,17 +214,17 @@ def test_a_loss_that_is_not_finite_stops_all_with_one_line(start):
     verify_manifest(run.trunk.checkpoint(run.trunk.steps()[-1]))
 
 
-def test_each_process_takes_its_rows_of_an_update(make_recipe, workspace, monkeypatch):
+def test_each_rank_takes_its_sequences_of_a_step(make_recipe, workspace, monkeypatch):
     tokenizer = Tokenizer.load(workspace / "tok")
-    recipe = make_recipe("batch_tokens=192")  # 6 rows, in micro-batches of 2
+    recipe = make_recipe("batch_tokens=192")  # 6 sequences, in micro-batches of 2
 
-    def rows(rank, size):
-        monkeypatch.setattr(distributed, "_place", distributed.Place(rank=rank, size=size))
+    def sequences(rank, size):
+        monkeypatch.setattr(process_group, "_rank_info", process_group.RankInfo(rank=rank, world_size=size))
         return [batch.origins for batch in open_packed(recipe, tokenizer)(7)]
 
-    whole = [name for names in rows(0, 1) for name in names]
+    whole = [name for names in sequences(0, 1) for name in names]
     for size in (2, 3, 6):
-        shares = [rows(rank, size) for rank in range(size)]
+        shares = [sequences(rank, size) for rank in range(size)]
         assert [name for share in shares for names in share for name in names] == whole
         assert len({tuple(map(len, share)) for share in shares}) == 1  # as many micro-batches, as large
 
@@ -233,12 +235,12 @@ def test_validation_is_shared_out(make_recipe, workspace, monkeypatch, size):
     model = MiniCPM(make_recipe().model.config(vocab_size=tokenizer.vocab_size))
     model.init_weights(seed=0)
     validation = Validation.open(workspace / "valid", tokenizer, sequence_length=32, max_tokens=7 * 32)
-    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 64)  # four batches, the last of one row
+    monkeypatch.setattr(evaluation, "BATCH_TOKENS", 64)  # four batches, the last of one sequence
     whole = validation.measure(model)
-    monkeypatch.setattr(distributed, "total", lambda number: number)
+    monkeypatch.setattr(process_group, "all_reduce_sum", lambda number: number)
     results = []
     for rank in range(size):
-        monkeypatch.setattr(distributed, "_place", distributed.Place(rank=rank, size=size))
+        monkeypatch.setattr(process_group, "_rank_info", process_group.RankInfo(rank=rank, world_size=size))
         results.append(validation.measure(model))
     for field in ("cross_entropy", "num_tokens", "num_bytes"):
         assert sum(getattr(result, field) for result in results) == pytest.approx(getattr(whole, field))
@@ -263,7 +265,7 @@ def test_dry_run_tells_the_memory_of_each_process(make_recipe, tmp_path, capsys)
 def test_what_is_wrong_is_told_before_processes_start(make_recipe, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="2 processes need a GPU each and there are 1"):
-        distributed.check(make_recipe("device=cuda"), 2)
-    distributed.check(make_recipe("device=cpu"), 2)
+        check_num_processes(2, make_recipe("device=cuda"))
+    assert check_num_processes(2, make_recipe("device=cpu")) == 2
     with pytest.raises(UserError, match="'cuda:1' is one device"):
-        distributed.check(make_recipe("device=cuda:1"), 2)
+        check_num_processes(2, make_recipe("device=cuda:1"))

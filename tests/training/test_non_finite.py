@@ -6,7 +6,7 @@ import pytest
 import torch
 from minicpm_training.objectives.base import Losses
 from minicpm_training.run import Run
-from minicpm_training.session import Session, Watcher, train_run
+from minicpm_training.session import RunContext, Session, train_run
 from minicpm_training.state import read_state
 from minicpm_training.trainer import NonFiniteLossError
 
@@ -60,7 +60,7 @@ def test_a_run_that_blows_up_keeps_its_last_good_checkpoint(make_recipe, tmp_pat
         (tmp_path / "log").open("w") as stream,
         pytest.raises(NonFiniteLossError, match="The last checkpoint"),
     ):
-        train_run(recipe, run, Watcher(progress=Progress(stream)))
+        train_run(recipe, run, RunContext(progress=Progress(stream)))
     tip = run.trunk.steps()[-1]
     assert len(run.trunk.metrics()) == tip == read_state(run.trunk.checkpoint(tip)).step
     verify_manifest(run.trunk.checkpoint(tip))

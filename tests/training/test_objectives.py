@@ -13,8 +13,11 @@ from minicpm_training.objectives.base import Losses
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.recipe.sections import Effect, Section
 from minicpm_training.run import Run
+from minicpm_training.session import RunContext, Session
 from torch import Tensor
 from torch.nn import functional as F
+
+from minicpm_edge.cli.progress import Progress
 
 
 class PairsSection(Section):
@@ -89,20 +92,13 @@ def test_an_objective_of_pairs_is_a_file_a_section_and_a_line(
         return PairsRecipe.model_validate({**entries, "objective": {"kind": "pairs"}})
 
     run = Run(folder=tmp_path / "run")
-    from minicpm_training.session import Session
-
     session = Session(recipe=recipe(8 * 128), run=run, branch=run.trunk, resume_from=None)
-    from minicpm_training.session import Watcher
-
-    from minicpm_edge.cli.progress import Progress
-
     with (tmp_path / "log").open("w") as stream:
-        watcher = Watcher(progress=Progress(stream))
-        assert session.train(8, watcher)
+        context = RunContext(progress=Progress(stream))
+        assert session.train(8, context)
         lines = run.trunk.metrics()
-        assert lines[0]["loss"] == pytest.approx(
-            0.6931, abs=1e-3
-        )  # ln 2: at first, the model is its reference
+        # ln 2: at first, the model is its reference.
+        assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3)
         assert lines[0]["accuracy"] == 0.0 and lines[-1]["accuracy"] == 1.0 and lines[-1]["loss"] < 0.5
         assert [line["tokens"] for line in lines] == [24 * step for step in range(1, 9)]
         # Resumed in the middle, the reference is still the model of the start.
@@ -110,5 +106,5 @@ def test_an_objective_of_pairs_is_a_file_a_section_and_a_line(
         resumed = Session(
             recipe=recipe(8 * 128), run=again, branch=again.trunk, resume_from=run.trunk.checkpoint(4)
         )
-        assert resumed.train(8, watcher)
+        assert resumed.train(8, context)
     assert same_checkpoint(again.trunk.checkpoint(8), run.trunk.checkpoint(8))

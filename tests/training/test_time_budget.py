@@ -3,7 +3,7 @@
 import pytest
 from minicpm_training.recipe.branching import shortened
 from minicpm_training.run import Run
-from minicpm_training.session import Watcher
+from minicpm_training.session import RunContext
 from minicpm_training.time_budget import TimeBudget, train_within
 
 from minicpm_edge.cli.progress import Progress
@@ -31,7 +31,7 @@ def test_training_ends_in_time_with_a_decay(make_recipe, tmp_path):
     recipe = make_recipe("schedule.stable_tokens=128_000_000", "schedule.decay_tokens=12_800_000")
     run = Run(folder=tmp_path / "run")
     with Progress() as progress:
-        assert train_within(recipe, run, Watcher(progress=progress), seconds=3.0)
+        assert train_within(recipe, run, RunContext(progress=progress), seconds=3.0)
     [decay] = run.decays()
     reached = run.trunk.steps()[-1]
     assert 1 <= reached < recipe.trunk_steps

@@ -48,7 +48,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         const="",
         metavar="RUN",
-        help="go on with a run (default: --out, else the newest); --set may lengthen it",
+        help="continue a run (default: --out, else the newest); --set may lengthen it",
     )
     parser.add_argument(
         "--minutes",
@@ -62,7 +62,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(arguments: argparse.Namespace) -> int:
-    from minicpm_training.commands import train
+    from minicpm_training.commands.train import train
 
     return train(arguments)
 
@@ -74,7 +74,7 @@ def _add_decay(parser: argparse.ArgumentParser) -> None:
         "--tokens", type=int, required=True, metavar="N", help="length of the decay in tokens"
     )
     parser.add_argument(
-        "--data", metavar="RECIPE", help="take the decay's mixture (data.decay) from this recipe"
+        "--data", metavar="RECIPE", help="take the decay's mixture (that of its last stage) from this recipe"
     )
     _add_set(parser)
     _add_nproc(parser)
@@ -82,7 +82,7 @@ def _add_decay(parser: argparse.ArgumentParser) -> None:
 
 
 def _decay(arguments: argparse.Namespace) -> int:
-    from minicpm_training.commands import decay
+    from minicpm_training.commands.decay import decay
 
     return decay(arguments)
 
@@ -95,7 +95,7 @@ def _add_runs(parser: argparse.ArgumentParser) -> None:
 
 
 def _runs(arguments: argparse.Namespace) -> int:
-    from minicpm_training.commands import list_runs
+    from minicpm_training.commands.runs import list_runs
 
     return list_runs(arguments)
 
@@ -103,26 +103,31 @@ def _runs(arguments: argparse.Namespace) -> int:
 def _add_eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a run, checkpoint or Hugging Face folder")
     parser.add_argument(
-        "--data", nargs="+", required=True, type=Path, metavar="SET", help="sets that `data prepare` made"
+        "--data",
+        nargs="+",
+        required=True,
+        type=Path,
+        metavar="SET",
+        help="tokenized datasets that `data prepare` made",
     )
     parser.add_argument("--tokens", type=int, metavar="N", help="at most this many tokens of each set")
     parser.add_argument(
         "--length",
         type=int,
         metavar="N",
-        help="row length (default: that of the run's recipe, or the context)",
+        help="sequence length (default: that of the run's recipe, or the context)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, mps (%(default)s)")
     _add_json(parser, "the results")
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from minicpm_training.commands import evaluate
+    from minicpm_training.commands.evaluate import evaluate
 
     return evaluate(arguments)
 
 
-TRAIN = Command(help="train a model from a recipe, or go on with a run", add_arguments=_add_train, run=_train)
+TRAIN = Command(help="train a model from a recipe, or resume a run", add_arguments=_add_train, run=_train)
 DECAY = Command(help="branch a release off a trunk", add_arguments=_add_decay, run=_decay)
 RUNS = Command(help="list runs and their decays", add_arguments=_add_runs, run=_runs)
-EVAL = Command(help="bits per byte and perplexity on prepared sets", add_arguments=_add_eval, run=_eval)
+EVAL = Command(help="bits per byte and perplexity on tokenized datasets", add_arguments=_add_eval, run=_eval)

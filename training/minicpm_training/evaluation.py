@@ -19,9 +19,9 @@ import torch
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.transformer import MiniCPM
 from minicpm_edge.text.tokenizer import Tokenizer
-from minicpm_training import distributed
 from minicpm_training.data.packed_batch import packed_batch
 from minicpm_training.data.tokenized_dataset import TokenizedDataset
+from minicpm_training.parallel import process_group
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.recipe.sections import ValidationSet
 
@@ -128,8 +128,8 @@ class Validation:
         model.eval()
         with torch.no_grad(), autocast():
             last = len(self.sequences) - 1
-            for first in range(0, len(self.sequences), at_once * distributed.size()):
-                start = first + at_once * distributed.rank()
+            for first in range(0, len(self.sequences), at_once * process_group.world_size()):
+                start = first + at_once * process_group.rank()
                 sequences = self.sequences[start : start + at_once]
                 # All processes take part in every forward, those that have no sequences left with the last one.
                 chosen = sequences or self.sequences[last:]
@@ -148,9 +148,9 @@ class Validation:
                     num_bytes += int(self.token_bytes[targets].sum())
         model.train(was_training)
         return ValidationResult(
-            cross_entropy=distributed.total(cross_entropy),
-            num_tokens=distributed.total(num_tokens),
-            num_bytes=distributed.total(num_bytes) * self.bytes_per_token_byte,
+            cross_entropy=process_group.all_reduce_sum(cross_entropy),
+            num_tokens=process_group.all_reduce_sum(num_tokens),
+            num_bytes=process_group.all_reduce_sum(num_bytes) * self.bytes_per_token_byte,
         )
 
 

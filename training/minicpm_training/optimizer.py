@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.mup import EmbeddingRule, ParamGroup, group_of, param_groups
-from minicpm_training.distributed import share_of
+from minicpm_training.parallel.sharding import distribute_like
 from minicpm_training.recipe.sections import OptimizerSection
 
 FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
@@ -97,7 +97,7 @@ class TorchOptimizer:
 def _restored(name: str, tensors: Mapping[str, Tensor], parameter: nn.Parameter) -> Tensor:
     tensor = tensors.get(name)
     if tensor is not None and tensor.shape == parameter.shape:
-        return share_of(tensor, parameter)
+        return distribute_like(tensor, parameter)
     if tensor is not None and tensor.dim() == 0:  # torch's count of steps
         return tensor.to(device=parameter.device, dtype=torch.float32)
     raise UserError(f"optimizer.safetensors does not fit the model: {name} is missing or misshapen")

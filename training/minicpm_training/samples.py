@@ -7,7 +7,7 @@ import torch
 from minicpm_edge.model.attention import KVCache
 from minicpm_edge.model.transformer import MiniCPM
 from minicpm_edge.text.tokenizer import Tokenizer
-from minicpm_training.distributed import agree
+from minicpm_training.parallel.process_group import broadcast_from_rank0
 
 
 @torch.no_grad()  # not inference_mode: what FSDP gathers here is trained on later
@@ -24,7 +24,7 @@ def complete(model: MiniCPM, tokenizer: Tokenizer, prompt: str, *, max_tokens: i
     new_ids: list[int] = []
     input_ids_BT = torch.tensor([ids], device=device)
     while len(new_ids) < room:
-        next_id = int(agree(model(input_ids_BT, cache=cache)[0, -1].argmax().item))
+        next_id = int(broadcast_from_rank0(model(input_ids_BT, cache=cache)[0, -1].argmax().item))
         if next_id in tokenizer.stop_ids:
             break
         new_ids.append(next_id)

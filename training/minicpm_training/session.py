@@ -14,10 +14,10 @@ import torch
 from minicpm_edge.atomic import write_text
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.checkpoint import read_config
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM, count_parameters
 from minicpm_edge.text.tokenizer import Tokenizer
-from minicpm_training import distributed
 from minicpm_training.callbacks import Metrics, PeriodicCallback, TensorBoard
 from minicpm_training.evaluation import Validation, open_validation
 from minicpm_training.hardware import (
@@ -30,13 +30,14 @@ from minicpm_training.hardware import (
 )
 from minicpm_training.objectives.registry import OBJECTIVES
 from minicpm_training.optimizer import Optimizer, build_optimizer
+from minicpm_training.parallel import process_group, sharding
 from minicpm_training.plot import plot_run
 from minicpm_training.recipe.compatibility import same_model
 from minicpm_training.recipe.files import saved_recipe, to_toml
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Branch, Run
 from minicpm_training.samples import complete
-from minicpm_training.start import model_config, starting_model
+from minicpm_training.start import check_fits, model_config, starting_model
 from minicpm_training.state import (
     TrainingState,
     load_model_for_training,
@@ -48,26 +49,26 @@ from minicpm_training.trainer import Callback, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watcher:
-    """Who watches a run: where its progress goes, and whether it is asked to stop."""
+class RunContext:
+    """What surrounds a run: where its progress goes, and whether it is asked to stop."""
 
     progress: Progress
     should_stop: Callable[[], bool] = lambda: False
 
 
-def train_run(recipe: Recipe, run: Run, watcher: Watcher) -> bool:
+def train_run(recipe: Recipe, run: Run, context: RunContext) -> bool:
     """Train the trunk to its end, then the stages that follow it; False if stopped before the end."""
-    if not train_branch(recipe, run, run.trunk, None, watcher):
+    if not train_branch(recipe, run, run.trunk, None, context):
         return False
     if not recipe.plan.branch:
         return True
     tip = run.trunk.checkpoint(recipe.trunk_steps)
-    branch = distributed.agree(lambda: decay_branch(run, recipe))
-    return train_branch(recipe, run, branch, tip, watcher)
+    branch = process_group.broadcast_from_rank0(lambda: decay_branch(run, recipe))
+    return train_branch(recipe, run, branch, tip, context)
 
 
 def decay_branch(run: Run, recipe: Recipe) -> Branch:
-    """The decay of this very recipe, to go on with; else a new one, so that no release is trained over."""
+    """The decay of this very recipe, to resume; else a new one, so that no release is trained over."""
     base = run.trunk.checkpoint(recipe.trunk_steps).name
     number = 1
     while True:
@@ -77,16 +78,16 @@ def decay_branch(run: Run, recipe: Recipe) -> Branch:
         number += 1
 
 
-def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, watcher: Watcher) -> bool:
+def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, context: RunContext) -> bool:
     """Train one branch to its end: a trunk (``start`` None) or a decay from the trunk's checkpoint ``start``.
 
-    Goes on from the branch's newest checkpoint where there is one; the same recipe gives the same bits on a CPU
+    Resumes from the branch's newest checkpoint where there is one; the same recipe gives the same bits on a CPU
     however often it was stopped. Returns False if stopped before the end, with a checkpoint saved.
     """
     until_step = recipe.trunk_steps if start is None else recipe.total_steps
-    if distributed.is_main():
+    if process_group.is_rank0():
         branch.remove_stale()
-    steps = distributed.agree(branch.steps)
+    steps = process_group.broadcast_from_rank0(branch.steps)
     resume_from = branch.checkpoint(steps[-1]) if steps else start
     step = steps[-1] if steps else 0
     if step > until_step:
@@ -97,36 +98,36 @@ def train_branch(recipe: Recipe, run: Run, branch: Branch, start: Path | None, w
         )
     if steps and step == until_step and read_state(branch.checkpoint(step)).finished:
         return True
-    return Session(recipe=recipe, run=run, branch=branch, resume_from=resume_from).train(until_step, watcher)
+    return Session(recipe=recipe, run=run, branch=branch, resume_from=resume_from).train(until_step, context)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """One sitting of training on one branch: the objects made from its recipe, each on first use."""
+    """Training one branch from a checkpoint on: the objects made from its recipe, each on first use."""
 
     recipe: Recipe
     run: Run
     branch: Branch
     resume_from: Path | None
 
-    def train(self, until_step: int, watcher: Watcher) -> bool:
+    def train(self, until_step: int, context: RunContext) -> bool:
         """Train up to ``until_step``; False if stopped before."""
         trainer = self.trainer()
-        if distributed.is_main():
+        if process_group.is_rank0():
             self._open_folder(trainer.step)
-        trainer.callbacks = self._callbacks(until_step, watcher.progress)
-        return trainer.run(until_step, watcher.should_stop)
+        trainer.callbacks = self._callbacks(until_step, context.progress)
+        return trainer.run(until_step, context.should_stop)
 
     def _open_folder(self, step: int) -> None:
         self.branch.folder.mkdir(parents=True, exist_ok=True)
         write_text(self.branch.recipe_path, to_toml(self.recipe))
-        record = {**environment(), "num_processes": distributed.size()}
+        record = {**environment(), "num_processes": process_group.world_size()}
         write_text(self.branch.folder / "environment.json", json.dumps(record, indent=2) + "\n")
         self.branch.truncate_metrics(step)
 
     @cached_property
     def device(self) -> torch.device:
-        return distributed.own_device(choose_device(self.recipe.device))
+        return process_group.local_device(choose_device(self.recipe.device))
 
     @cached_property
     def precision(self) -> Precision:
@@ -138,7 +139,11 @@ class Session:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return model_config(self.recipe, self.tokenizer)
+        if self.resume_from is None:
+            return model_config(self.recipe, self.tokenizer)
+        config = read_config(self.resume_from)
+        check_fits(config, self.recipe, self.tokenizer.vocab_size)
+        return config
 
     def trainer(self) -> Trainer:
         """The training loop at the checkpoint to resume from, without callbacks."""
@@ -165,7 +170,7 @@ class Session:
         recipe, rule = self.recipe, self.recipe.model.embedding_rule
         if self.resume_from is None:
             model = starting_model(recipe, self.config, self.device)
-            distributed.shard(model, self.device)
+            sharding.shard(model, self.device)
             optimizer = build_optimizer(model, self.config, recipe.optimizer, embedding_rule=rule)
             return model, optimizer, 0, 0
         state = read_state(self.resume_from)
@@ -176,8 +181,8 @@ class Session:
 
     def _reference(self) -> MiniCPM:
         """A frozen copy of the model that the run starts from, whole on every rank."""
-        model = starting_model(self.recipe, self.config, self.device).eval()
-        return model.requires_grad_(False)
+        config = model_config(self.recipe, self.tokenizer)
+        return starting_model(self.recipe, config, self.device).eval().requires_grad_(False)
 
     def _callbacks(self, until_step: int, progress: Progress) -> list[Callback]:
         """Callbacks in their order: a checkpoint comes last, so that what it resumes from has been measured.
@@ -189,7 +194,7 @@ class Session:
         num_parameters = count_parameters(self.config, active=True)
         validations = [open_validation(entry, recipe, self.tokenizer) for entry in recipe.data.valid]
         callbacks: list[Callback] = []
-        if distributed.is_main():
+        if process_group.is_rank0():
             callbacks.append(
                 Metrics(
                     branch=self.branch,
@@ -199,7 +204,7 @@ class Session:
                     flops_per_token=lambda step: flops_per_token(
                         self.config, num_parameters, recipe.plan.at(step).sequence_length
                     ),
-                    peak_flops=peak * distributed.size(),
+                    peak_flops=peak * process_group.world_size(),
                     sinks=(TensorBoard(self.branch),) if recipe.log.tensorboard else (),
                 )
             )
@@ -216,7 +221,7 @@ class Session:
                     action=lambda trainer: self._sample(trainer, progress), every=recipe.sample.every
                 )
             )
-        if distributed.is_main():
+        if process_group.is_rank0():
             callbacks.append(PeriodicCallback(action=self._plot, every=recipe.evaluation.every))
         callbacks.append(
             PeriodicCallback(
@@ -250,7 +255,7 @@ class Session:
     def _tell(
         self, trainer: Trainer, entry: dict[str, object], lines: Sequence[str], progress: Progress
     ) -> None:
-        if distributed.is_main():
+        if process_group.is_rank0():
             self.branch.append_metrics({"step": trainer.step, "tokens": trainer.tokens, **entry})
             for line in lines:
                 progress.message(f"step {trainer.step}  {line}")
@@ -274,7 +279,7 @@ class Session:
             state,
             tokenizer=Path(recipe.data.tokenizer),
         )
-        if not distributed.is_main():
+        if not process_group.is_rank0():
             return
         protect = self.run.branch_points() if self.branch == self.run.trunk else frozenset[int]()
         self.branch.prune(

@@ -30,6 +30,12 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer | None) -> ModelConfig:
         config = recipe.model.config(vocab_size=vocab_size)
     else:
         config = _transformed_config(read_config(_checkpoint(recipe.init)), recipe.init)
+    check_fits(config, recipe, vocab_size)
+    return config
+
+
+def check_fits(config: ModelConfig, recipe: Recipe, vocab_size: int | None) -> None:
+    """Raises :class:`UserError` where the stages' sequences, or so many ids, do not fit a model of that config."""
     key = "model" if recipe.init is None else "init"
     if vocab_size is not None and vocab_size > config.vocab_size:
         owner = "model.vocab_size" if recipe.init is None else "the vocabulary of init.path,"
@@ -40,7 +46,6 @@ def model_config(recipe: Recipe, tokenizer: Tokenizer | None) -> ModelConfig:
             f"data.sequence_length {longest} is longer than the model's context "
             f"{config.max_position_embeddings}: raise {key}.max_position_embeddings"
         )
-    return config
 
 
 def starting_model(recipe: Recipe, config: ModelConfig, device: torch.device) -> MiniCPM:

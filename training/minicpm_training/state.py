@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint, verify_manifest, write_tensors
 from minicpm_edge.model.transformer import MiniCPM
-from minicpm_training import distributed
 from minicpm_training.optimizer import Optimizer
+from minicpm_training.parallel import process_group, sharding
 
 OPTIMIZER_FILE, STATE_FILE = "optimizer.safetensors", "state.json"
 
@@ -42,8 +42,8 @@ def save_state(
 
     Of several processes all take part, and all wait until it is written.
     """
-    distributed.reshard(model)
-    model, tensors = distributed.gathered(model, optimizer.named_tensors())
+    sharding.reshard(model)
+    model, tensors = sharding.full_model(model), sharding.full_tensors(optimizer.named_tensors())
 
     def write_extra_files(temporary: Path) -> None:
         write_tensors(
@@ -54,9 +54,9 @@ def save_state(
             state.model_dump_json(indent=2) + "\n", encoding="utf-8", newline="\n"
         )
 
-    if distributed.is_main():
+    if process_group.is_rank0():
         save_checkpoint(folder, model, tokenizer=tokenizer, extra_files=write_extra_files)
-    distributed.barrier()
+    process_group.barrier()
 
 
 def read_state(folder: Path) -> TrainingState:
@@ -73,11 +73,11 @@ def read_state(folder: Path) -> TrainingState:
 
 def load_model_for_training(folder: Path, *, device: torch.device) -> MiniCPM:
     """The float32 model of a checkpoint, its files checked against their hashes first."""
-    distributed.agree(lambda: verify_manifest(folder))
-    if distributed.size() == 1:
+    process_group.broadcast_from_rank0(lambda: verify_manifest(folder))
+    if process_group.world_size() == 1:
         return load_checkpoint(folder, device=device).train()
     model = load_checkpoint(folder).train()  # on the CPU: a GPU holds no more than this process's share
-    distributed.shard(model, device)
+    sharding.shard(model, device)
     return model
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from minicpm_edge.cli.progress import Progress
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Run
-from minicpm_training.session import Watcher, decay_branch, train_run
+from minicpm_training.session import RunContext, decay_branch, train_run
 from minicpm_training.start import settled
 
 
@@ -44,7 +44,7 @@ def run(recipe: Recipe, folder: Path) -> RunResult:
     """
     recipe, the_run = settled(recipe), Run(folder=folder)
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        train_run(recipe, the_run, Watcher(progress=Progress(nowhere)))
+        train_run(recipe, the_run, RunContext(progress=Progress(nowhere)))
     branches = [the_run.trunk]
     if recipe.plan.branch:
         branches.append(decay_branch(the_run, recipe))

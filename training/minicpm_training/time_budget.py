@@ -9,11 +9,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from minicpm_training.distributed import agree
+from minicpm_training.parallel.process_group import broadcast_from_rank0
 from minicpm_training.recipe.branching import scaled_steps, shortened
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.run import Run
-from minicpm_training.session import Watcher, train_branch, train_run
+from minicpm_training.session import RunContext, train_branch, train_run
 
 
 @dataclass(kw_only=True)
@@ -45,13 +45,15 @@ class TimeBudget:
         return elapsed + branch_tokens * seconds_per_token >= self.seconds
 
 
-def train_within(recipe: Recipe, run: Run, watcher: Watcher, *, seconds: float) -> bool:
+def train_within(recipe: Recipe, run: Run, context: RunContext, *, seconds: float) -> bool:
     """As :func:`minicpm_training.session.train_run`, with the trunk cut so that all ends within about ``seconds``."""
     steps = run.trunk.steps()
     budget = TimeBudget(recipe=recipe, seconds=seconds, first_step=steps[-1] if steps else 0)
-    limited = replace(watcher, should_stop=lambda: watcher.should_stop() or agree(budget.is_spent))
+    limited = replace(
+        context, should_stop=lambda: context.should_stop() or broadcast_from_rank0(budget.is_spent)
+    )
     if not train_branch(recipe, run, run.trunk, None, limited):
-        if watcher.should_stop():
+        if context.should_stop():
             return False
-        recipe = shortened(recipe, agree(run.trunk.steps)[-1])
-    return train_run(recipe, run, watcher)
+        recipe = shortened(recipe, broadcast_from_rank0(run.trunk.steps)[-1])
+    return train_run(recipe, run, context)

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.transformer import MiniCPM
-from minicpm_training import distributed
 from minicpm_training.hardware import Precision, dtype_of
 from minicpm_training.objectives.base import Batch, Dataloader, Objective
 from minicpm_training.optimizer import Optimizer
+from minicpm_training.parallel import process_group, sharding
 from minicpm_training.schedule import Schedule
 
 
@@ -83,7 +83,7 @@ class Trainer:
         """
         start = time.perf_counter()
         micro_batches = self.dataloader(self.step)
-        num_targets = max(1, distributed.total(sum(batch.num_targets for batch in micro_batches)))
+        num_targets = max(1, process_group.all_reduce_sum(sum(batch.num_targets for batch in micro_batches)))
 
         self.optimizer.zero_grad()
         sums: dict[str, Tensor] = {}
@@ -95,10 +95,10 @@ class Trainer:
                 sums[name] = sums[name] + value if name in sums else value
 
         grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm or math.inf)
-        grad_norm = distributed.whole(grad_norm)
+        grad_norm = sharding.full_tensor(grad_norm)
         own = torch.stack([*(value / num_targets for value in sums.values()), grad_norm])
         *own_means, norm = own.tolist()  # the only sync
-        means = {name: distributed.total(mean) for name, mean in zip(sums, own_means, strict=True)}
+        means = {name: process_group.all_reduce_sum(mean) for name, mean in zip(sums, own_means, strict=True)}
         mean_loss = means.pop("loss")
         if not (math.isfinite(mean_loss) and math.isfinite(norm)):
             raise NonFiniteLossError(self._describe_non_finite(mean_loss, norm, micro_batches))
@@ -107,7 +107,7 @@ class Trainer:
         self.optimizer.set_learning_rate(lr)
         self.optimizer.step()
 
-        num_tokens = distributed.size() * sum(batch.num_tokens for batch in micro_batches)
+        num_tokens = process_group.all_reduce_sum(sum(batch.num_tokens for batch in micro_batches))
         stage = self.schedule.stage(self.step)
         self.step += 1
         self.tokens += num_tokens
@@ -136,7 +136,7 @@ class Trainer:
     def _describe_non_finite(self, loss: float, norm: float, batches: Sequence[Batch]) -> str:
         what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
         own_sequences = "; ".join(batch.describe() for batch in batches)
-        sequences = "; ".join(distributed.collect(own_sequences))
+        sequences = "; ".join(process_group.all_gather_object(own_sequences))
         return (
             f"step {self.step + 1}: {what}, so the run stops before it changes the weights; batch: {sequences}. "
             "The last checkpoint is good: look at those sequences, or lower schedule.peak_lr, and resume"

@@ -12,10 +12,10 @@ from pathlib import Path
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.tokenizer import Tokenizer
-from minicpm_training import distributed
 from minicpm_training.data.mixture import Mixture, MixtureSampler
 from minicpm_training.data.packed_batch import PackedBatch, packed_batch
 from minicpm_training.data.tokenized_dataset import TokenizedDataset
+from minicpm_training.parallel import process_group
 from minicpm_training.recipe.plan import Plan
 from minicpm_training.recipe.schema import Recipe
 
@@ -68,9 +68,9 @@ class PackedDataloader:
 
     def __call__(self, step: int) -> list[PackedBatch]:
         stage = self.plan.at(step)
-        per_rank = stage.sequences_per_step // distributed.size()
+        per_rank = stage.sequences_per_step // process_group.world_size()
         start = self._first_positions[stage.first_step] + (step - stage.first_step) * stage.sequences_per_step
-        start += distributed.rank() * per_rank
+        start += process_group.rank() * per_rank
         at_once = stage.sequences_per_micro_batch(self.micro_batch_tokens)
         return [
             self.batch(first, min(at_once, start + per_rank - first))

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.cli.progress import Progress, duration
+from minicpm_edge.cores import usable_cpus
 from minicpm_edge.errors import UserError
 from minicpm_edge.text.chat import encode_chat_with_mask
 from minicpm_edge.text.tokenizer import Tokenizer
@@ -31,7 +32,7 @@ from minicpm_training.data.sources import (
     read_chunks,
 )
 from minicpm_training.data.tokenized_dataset import FORMAT, MANIFEST, dtype_for
-from minicpm_training.data.workers import count_cores, ordered_map
+from minicpm_training.data.workers import ordered_map
 from minicpm_training.data.writer import SetWriter
 
 EXAMPLES = 10  # places named in the report for each source
@@ -161,7 +162,7 @@ def _num_workers(asked: int | None, sources: Sequence[Source]) -> int:
     files = [file for source in sources for file in source.files if file.exists()]
     size = sum(file.stat().st_size * (1 if file.suffix in PLAIN_SUFFIXES else 4) for file in files)
     small = size < SMALL_BYTES and not any(source.dataset for source in sources)
-    return 1 if small else count_cores()
+    return 1 if small else usable_cpus()
 
 
 _worker: tuple[Encoder, str]  # set once in each process by `_start`

@@ -22,13 +22,6 @@ Result = TypeVar("Result")
 MAX_WORKERS = 60  # Windows cannot wait for more processes at once
 
 
-def count_cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def ordered_map(
     function: Callable[[Item], Result],
     items: Iterable[Item],

@@ -81,7 +81,11 @@ if TYPE_CHECKING:
 
 else:
     ModelSection = create_model(
-        "ModelSection", __base__=_ModelSection, __doc__=_ModelSection.__doc__, **_override_fields()
+        "ModelSection",
+        __base__=_ModelSection,
+        __module__=__name__,
+        __doc__=_ModelSection.__doc__,
+        **_override_fields(),
     )
 
 
