@@ -142,6 +142,7 @@ def test_wrong_usage_is_2_and_missing_runs_are_told(recipe_file, capsys):
     assert "no runs" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_resume_lengthens_a_run_and_refuses_another_model(recipe_file, tmp_path, capsys):
     assert main(["train", recipe_file, "--out", "runs/x", "--set", "schedule.decay_tokens=0"]) == 0
     assert main(["train", recipe_file, "--out", "runs/x"]) == 1

@@ -1,5 +1,7 @@
 """Every key of a recipe says, where it stands, what changing it makes of a run."""
 
+from typing import get_type_hints
+
 import pytest
 from minicpm_training.recipe.compatibility import effects_of, refuse_another_run, same_model
 from minicpm_training.recipe.schema import Recipe
@@ -78,5 +80,7 @@ def test_a_key_of_an_earlier_version_has_its_present_name(make_recipe):
 
 def test_the_models_keys_are_those_of_its_config():
     keys = {key.removeprefix("model.") for key in EFFECTS if key.startswith("model.")}
-    given_by_others = {"bos_token_id", "eos_token_id", "rope_scaling"}
-    assert keys - {"preset", "embedding_rule"} == set(ModelConfig.__dataclass_fields__) - given_by_others
+    hints = get_type_hints(ModelConfig)
+    numbers_and_switches = {name for name, hint in hints.items() if hint in (int, float, bool)}
+    assert {"hidden_size", "rope_theta", "tie_word_embeddings", "num_experts"} < keys
+    assert keys - {"preset", "embedding_rule"} == numbers_and_switches - {"bos_token_id", "eos_token_id"}

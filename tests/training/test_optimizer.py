@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from minicpm_training.optimizer import build_optimizer
+from minicpm_training.optimizer import TorchOptimizer, build_optimizer
 from minicpm_training.recipe.sections import OptimizerSection
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.model.config import ModelConfig
+from minicpm_edge.model.mup import group_of
 from minicpm_edge.model.transformer import MiniCPM
 
 CONFIG = ModelConfig(
@@ -104,3 +105,38 @@ def test_state_of_another_model_is_refused():
     del tensors["norm.weight.exp_avg"]
     with pytest.raises(UserError, match=r"norm\.weight\.exp_avg is missing"):
         optimizer.load_named_tensors(tensors)
+
+
+def test_an_optimizer_of_another_kind_needs_no_line_elsewhere():
+    """Two of torch's optimizers as one: Muon keeps a momentum of each matrix, AdamW two moments of the rest."""
+
+    def build():
+        model = MiniCPM(CONFIG)
+        model.init_weights(seed=0)
+        matrices = [p for name, p in model.named_parameters() if group_of(name) == "matrix"]
+        others = [p for name, p in model.named_parameters() if group_of(name) != "matrix"]
+        optimizer = TorchOptimizer(
+            optimizers=[
+                torch.optim.Muon([{"params": matrices, "lr_multiplier": 2.0}], lr=0.0),
+                torch.optim.AdamW([{"params": others, "lr_multiplier": 1.0}], lr=0.0),
+            ],
+            state_keys=[("momentum_buffer",), ("exp_avg", "exp_avg_sq", "step")],
+            names={parameter: name for name, parameter in model.named_parameters()},
+        )
+        return model, optimizer
+
+    model, optimizer = build()
+    optimizer.set_learning_rate(0.01)
+    assert [group["lr"] for inner in optimizer.optimizers for group in inner.param_groups] == [0.02, 0.01]
+    for seed in range(3):
+        step(model, optimizer, seed)
+    saved = {name: tensor.clone() for name, tensor in optimizer.named_tensors().items()}
+    assert "layers.0.attention.qkv.weight.momentum_buffer" in saved and "norm.weight.exp_avg" in saved
+    twin, twin_optimizer = build()
+    twin.load_state_dict(model.state_dict())
+    twin_optimizer.load_named_tensors(saved)
+    twin_optimizer.set_learning_rate(0.01)
+    for pair in ((model, optimizer), (twin, twin_optimizer)):
+        step(*pair, seed=7)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(one, other)

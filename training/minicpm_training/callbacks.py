@@ -1,4 +1,4 @@
-"""What watches a training loop: metrics and progress, checkpoints, validation, samples, the plot, TensorBoard."""
+"""Callbacks of the training loop: metrics and progress, checkpoints, validation, samples, the plot, TensorBoard."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def plan(recipe: Recipe, *, num_processes: int = 1) -> dict[str, Any]:
     return {
         "name": recipe.name,
         "model": {
-            "preset": recipe.model.preset,
+            "preset": recipe.model_name,
             "layers": config.num_hidden_layers,
             "width": config.hidden_size,
             "vocabulary": config.vocab_size,

@@ -80,7 +80,7 @@ def peak_flops(device: torch.device, precision: Precision) -> tuple[float, str]:
 def flops_per_token(config: ModelConfig, num_parameters: int, sequence_length: int) -> float:
     """Training FLOPs a token: 6N + 12·L·d·T, N being the parameters at work outside the embedding plus the head once.
 
-    ``num_parameters`` leaves the embedding out; attention is counted over full rows, as PaLM and nanoGPT do.
+    ``num_parameters`` leaves the embedding out; attention is counted over full sequences, as PaLM and nanoGPT do.
     """
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_dim

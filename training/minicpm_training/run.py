@@ -80,7 +80,7 @@ class Branch:
         return list(_read_lines(self.metrics_path))
 
     def truncate_metrics(self, step: int) -> None:
-        """Drop the lines past ``step``: they are of updates that will be done again."""
+        """Drop the lines past ``step``: they are of steps that will be done again."""
         if self.metrics_path.is_file():
             kept = [json.dumps(line) for line in self.metrics() if line["step"] <= step]
             write_text(self.metrics_path, "".join(line + "\n" for line in kept))

@@ -37,7 +37,7 @@ class RunResult:
 def run(recipe: Recipe, folder: Path) -> RunResult:
     """Train a recipe to its end in a folder, or only what is missing there; prints nothing.
 
-    A finished run comes back at once, so that a study that was stopped goes on where it was. Signals are the caller's.
+    A finished run comes back at once, so that a study that was stopped continues. Signals are the caller's.
 
     Raises:
         UserError: for data or a folder that do not fit the recipe.

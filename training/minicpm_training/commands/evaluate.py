@@ -27,7 +27,8 @@ def evaluate(arguments: argparse.Namespace) -> int:
     model = load_checkpoint(located.path, device=choose_device(arguments.device))
     tokenizer = Tokenizer.load(located.path)
     length = arguments.length
-    if length is None:  # a run may have been trained on shorter rows than its model has positions
+    if length is None:
+        # A run may have been trained on shorter sequences than its model has positions.
         run = Run(folder=located.run) if located.run else None
         length = (
             saved_recipe(run.trunk.recipe_path).data.sequence_length

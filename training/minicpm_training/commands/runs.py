@@ -46,11 +46,10 @@ def list_runs(arguments: argparse.Namespace) -> int:
 def describe(run: Run) -> dict[str, Any]:
     """A run as plain values, for ``--json``."""
     recipe = saved_recipe(run.trunk.recipe_path)
-    config = recipe.model
     return {
         "name": run.name,
         "path": str(run.folder),
-        "model": config.preset,
+        "model": recipe.model_name,
         "trunk_steps": recipe.trunk_steps,
         "checkpoints": run.trunk.steps(),
         **_last(run.trunk),

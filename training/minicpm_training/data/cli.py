@@ -84,7 +84,7 @@ def _train_tokenizer(arguments: argparse.Namespace) -> int:
         print(json.dumps(result, indent=2))
     else:
         print(
-            f"{arguments.out}: {tokenizer.vocab_size:,} tokens, learnt from {sample.num_documents:,} documents "
+            f"{arguments.out}: {tokenizer.vocab_size:,} tokens, learned from {sample.num_documents:,} documents "
             f"({sample.num_bytes / 1e6:,.1f} MB)"
         )
     return 0

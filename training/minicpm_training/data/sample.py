@@ -1,4 +1,4 @@
-"""The text that a tokenizer is learnt from: a bounded sample, spread evenly over all sources and each one's length."""
+"""A bounded sample of text for training a tokenizer, spread evenly over all sources and each one's length."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Reading text from files: txt, md, jsonl, jsonl.gz, jsonl.zst, parquet, folders, globs, `datasets` names.
 
-The reader only cuts files into chunks of about a megabyte, as fast as the disk; :mod:`.rows` makes documents of them,
-on all cores. What cannot be read is passed on as a problem, never dropped in silence.
+The reader only cuts files into chunks of about a megabyte, as fast as the disk; :mod:`.documents` makes documents of
+them, on all cores. What cannot be read is passed on as a problem, never dropped in silence.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ class SetWriter:
         return self._sha256.hexdigest()
 
     def add(self, ids: NDArray[Any], lengths: NDArray[np.int64], mask: NDArray[np.bool_] | None) -> None:
-        """Append documents: their ids joined, the length of each, and which ids are to be learnt (None: all)."""
+        """Append documents: their ids joined, the length of each, and their loss mask (None: all count)."""
         if mask is not None and not self.has_mask:
             self._begin_masks()
         at = 0
@@ -62,7 +62,7 @@ class SetWriter:
         self._in_shard += len(ids)
 
     def _begin_masks(self) -> None:
-        """The first document with a mask: everything before it is to be learnt."""
+        """The first document with a loss mask: everything before it counts."""
         self.has_mask = True
         for index, entry in enumerate(self.shards):
             with (self._folder / f"mask-{index:05}.bin").open("wb") as stream:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from minicpm_edge.errors import UserError
-from minicpm_training.recipe.files import section_of
+from minicpm_training.recipe.files import sections_of
 from minicpm_training.recipe.plan import by_name
 from minicpm_training.recipe.schema import Recipe
 from minicpm_training.recipe.sections import Effect
@@ -53,9 +53,8 @@ def effects_of(section: type[BaseModel], prefix: str = "", default: Effect | Non
     for name, field in section.model_fields.items():
         marks = [mark for mark in field.metadata if isinstance(mark, Effect)]
         effect = marks[0] if marks else default
-        inner = section_of(section, name)
         yield f"{prefix}{name}", effect
-        if inner is not None:
+        for inner in sections_of(section, name):
             yield from effects_of(inner, f"{prefix}{name}.", effect)
 
 

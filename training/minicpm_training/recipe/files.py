@@ -143,7 +143,7 @@ def _parse_value(key: str, text: str) -> Any:
 
 def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
     known = list(_known_keys(Recipe, ""))
-    for key in _given_keys(entries, Recipe, ""):
+    for key in _given_keys(entries, [Recipe], ""):
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = (
@@ -152,34 +152,33 @@ def _refuse_unknown_keys(entries: Mapping[str, Any], origin: str) -> None:
             raise UserError(f"{origin}: unknown key {key!r}; {hint}")
 
 
-def section_of(model: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The section that a key holds (directly, or as the element of a list), if it holds one."""
+def sections_of(model: type[BaseModel], key: str) -> list[type[BaseModel]]:
+    """The sections that a key may hold (directly, as the element of a list, or as one of several kinds)."""
     annotation = model.model_fields[key].annotation
     candidates = (annotation, *get_args(annotation))
-    return next((item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)), None)
+    return [item for item in candidates if isinstance(item, type) and issubclass(item, BaseModel)]
 
 
 def _known_keys(model: type[BaseModel], prefix: str) -> Iterator[str]:
     for key in model.model_fields:
         yield prefix + key
-        section = section_of(model, key)
-        if section is not None:
+        for section in sections_of(model, key):
             yield from _known_keys(section, f"{prefix}{key}.")
 
 
-def _given_keys(entries: Mapping[str, Any], model: type[BaseModel] | None, prefix: str) -> Iterator[str]:
+def _given_keys(entries: Mapping[str, Any], models: Sequence[type[BaseModel]], prefix: str) -> Iterator[str]:
     """Dotted names of all that is given; below a key that no section knows, all of its keys."""
     for key, value in entries.items():
-        known = model is not None and key in model.model_fields
-        section = section_of(model, key) if model is not None and known else None
+        known = [model for model in models if key in model.model_fields]
+        sections = [section for model in known for section in sections_of(model, key)]
         tables = [
             table for table in (value if isinstance(value, list) else [value]) if isinstance(table, dict)
         ]
         if known or not any(tables):
             yield prefix + key
-        if section is not None or not known:
+        if sections or not known:
             for table in tables:
-                yield from _given_keys(table, section, f"{prefix}{key}.")
+                yield from _given_keys(table, sections, f"{prefix}{key}.")
 
 
 def _first_problem(error: ValidationError) -> str:

@@ -168,6 +168,11 @@ class Recipe(Section):
     def warmup_steps(self) -> int:
         return self.plan.warmup_steps
 
+    @property
+    def model_name(self) -> str:
+        """The preset, or the checkpoint that the run starts from."""
+        return self.model.preset if self.init is None else self.init.path
+
     def lr_schedule(self) -> Schedule:
         """The schedule in steps."""
         return self.plan.schedule()

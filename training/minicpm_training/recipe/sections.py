@@ -136,7 +136,7 @@ class DataSection(Section):
     tokenizer: Annotated[Folder, Effect.HARMLESS]  # its folder may move: sets know it by hash
     sequence_length: Annotated[Length, Effect.IDENTITY] = 512
     stable: Annotated[tuple[Source, ...], Effect.IDENTITY] = ()
-    # Empty: the decay goes on with the stable mixture.
+    # Empty: the decay keeps the stable mixture.
     decay: Annotated[tuple[Source, ...], Effect.LENGTH] = ()
     valid: Annotated[tuple[ValidationSet, ...], Effect.HARMLESS] = ()
 
@@ -221,7 +221,8 @@ class NextTokenSection(Section):
     z_loss: Annotated[float, Field(ge=0)] = 0.0
 
 
-ObjectiveSection = NextTokenSection  # with a second objective: the union of both, told apart by `kind`
+# With a second objective: the union of both, told apart by `kind`.
+ObjectiveSection = NextTokenSection
 
 
 class OptimizerSection(Section):
