@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from minicpm_edge.cli.command import Command
 from minicpm_edge.cli.progress import Progress
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.resolve import ModelRef, resolve_model
+from minicpm_edge.interrupts import on_interrupt
 
 if TYPE_CHECKING:
     from minicpm_export.format import Format
@@ -95,7 +97,17 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print path and certificate as JSON")
 
 
+def _stop(number: int = signal.SIGTERM) -> None:
+    """Leave as after a signal's default, but by the way on which temporary files are removed."""
+    raise SystemExit(128 + number)
+
+
 def _run(arguments: argparse.Namespace) -> int:
+    with on_interrupt(_stop, signals=(signal.SIGTERM,), insist=False):
+        return _run_to_the_end(arguments)
+
+
+def _run_to_the_end(arguments: argparse.Namespace) -> int:
     option = FORMATS[arguments.form]
     _check_quant(arguments.form, arguments.quant)
     if arguments.architecture is not None and arguments.form != "hf":

@@ -84,6 +84,17 @@ def _is_our_folder(path: Path) -> bool:
     return bool(certificate.read(path)["certificates"]) and not certificate.unlisted_files(path)
 
 
+def check_free_space(out: Path, num_bytes: int) -> None:
+    """Raises :class:`UserError` where the disk of ``out`` has no room for so many bytes: before hours of work."""
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < num_bytes:
+        raise UserError(
+            f"writing {out} takes about {num_bytes / 1e9:.1f} GB, and the disk has {free / 1e9:.1f} GB free; "
+            "make room, or name another disk by --out"
+        )
+
+
 def set_aside(temporary: Path, out: Path, failed: Certificate) -> UserError:
     """Keep an export that failed its verification beside ``out``, which stays as it is; returns the error to raise.
 

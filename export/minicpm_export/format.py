@@ -60,6 +60,10 @@ class Format(Protocol):
         """What an export of the model of that name is called unless the user says otherwise."""
         ...
 
+    def disk_bytes(self, source: Source) -> int:
+        """About how many bytes writing takes on the disk at its peak, intermediate files included."""
+        ...
+
     def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
         """Write the export.
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minicpm_edge.atomic import atomic_file, atomic_folder
 from minicpm_edge.formats.checkpoint import sha256
-from minicpm_export.destination import set_aside
+from minicpm_export.destination import check_free_space, set_aside
 from minicpm_export.format import ExportedFile, Format
 from minicpm_export.source import Source
 from minicpm_export.verify import certificate
@@ -36,10 +36,11 @@ def export(
         show: given each certificate as soon as it is computed, whatever the verdict.
 
     Raises:
-        UserError: for a model that has no such form, and for an export that fails its verification. That one is
-            kept beside ``out`` under another name; what was at ``out`` stays.
+        UserError: for a model that has no such form, for a disk with too little room, and for an export that fails
+            its verification. That one is kept beside ``out`` under another name; what was at ``out`` stays.
     """
     text = source.held_out()
+    check_free_space(out, form.disk_bytes(source))
     certificates: list[Certificate] = []
     atomic = atomic_folder if form.is_folder else atomic_file
     with atomic(out) as temporary, _scratch_folder(temporary) as scratch:

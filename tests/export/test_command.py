@@ -106,6 +106,37 @@ def test_a_kill_leaves_the_old_export_and_the_next_one_cleans_up(form, model, tm
     assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGTERM")
+@pytest.mark.parametrize("moment", ["writing", "quantising", "comparing"])
+def test_a_termination_leaves_nothing_behind(moment, model, tmp_path):
+    """Within the writing, within llama.cpp's call, and within a comparison."""
+    before = content(tmp_path)
+    where = {
+        "writing": "minicpm_export.gguf.format.write_gguf",
+        "quantising": "subprocess.Popen.communicate",
+        "comparing": "minicpm_export.pipeline.compare",
+    }[moment]
+    program = (
+        "import sys, time, importlib\n"
+        "import minicpm_export.gguf.format, minicpm_export.pipeline, subprocess\n"
+        "def wait(*arguments, **settings):\n"
+        "    print('now', flush=True)\n"
+        "    time.sleep(60)\n"
+        f"{where} = wait\n"
+        "from minicpm_edge.cli.main import main\n"
+        "sys.exit(main(['export', 'm', '--gguf', '--quant', 'Q8_0', '--out', 'm.gguf', '--json']))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"now\n"
+        if moment != "writing":
+            assert [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    assert content(tmp_path) == before
+    assert not [path for path in tmp_path.iterdir() if ".tmp-" in path.name]
+
+
 def test_json_output_and_default_names(model, tmp_path, capsys):
     assert main(["export", "m", "--gguf", "--quant", "q8_0", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)

@@ -1,12 +1,22 @@
 """What the pipeline promises for any format: toy formats of the kinds that are still to come go through it."""
 
 import json
+import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
+import torch
+from minicpm_export.cli import GGUF_TYPES
 from minicpm_export.format import ExportedFile, ReadBack
+from minicpm_export.gguf import format as gguf_format
+from minicpm_export.gguf.format import GGUF
+from minicpm_export.hf import format as hf_format
+from minicpm_export.hf.format import HuggingFace
+from minicpm_export.onnx import format as onnx_format
+from minicpm_export.onnx.format import ONNX
 from minicpm_export.pipeline import export
 from minicpm_export.source import Source
 from minicpm_export.verify import certificate
@@ -14,6 +24,7 @@ from minicpm_export.verify.compare import THRESHOLDS
 from minicpm_export.verify.torch_runtime import TorchRuntime
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint
 
 
 class Shifted:
@@ -39,6 +50,9 @@ class Bundle:
 
     def file_name(self, model):
         return f"{model}-bundle"
+
+    def disk_bytes(self, source):
+        return 1000
 
     def write(self, source, out, scratch, report):
         report("bundling")
@@ -80,6 +94,9 @@ class Copy:
 
     def file_name(self, model):
         return f"{model}.copy"
+
+    def disk_bytes(self, source):
+        return 1000
 
     def write(self, source, out, scratch, report):
         out.write_bytes(self.content or self._original(source))
@@ -147,3 +164,45 @@ def test_a_failure_on_the_way_leaves_nothing(source, tmp_path, monkeypatch):
     with pytest.raises(IndexError):
         export(Copy(), source, tmp_path / "m.copy")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", [Bundle(), Copy()])
+def test_a_full_disk_is_told_before_any_work(form, make_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=999))
+    with pytest.raises(UserError, match=r"takes about 0\.0 GB.*make room, or name another disk by --out"):
+        export(form, Source(folder=make_model(), name="m"), tmp_path / "new" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+FORMS = [
+    *(GGUF(quant=quant) for quant in GGUF_TYPES),
+    ONNX(quants=["F32"]),
+    ONNX(),
+    *(HuggingFace(architecture=name) for name in ("own", "granite", "llama")),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_the_room_that_a_format_asks_for_is_enough(form, dtype, make_model, tmp_path, monkeypatch):
+    """Without the fixed part, which is for tokenizers, and with what it writes on the way."""
+    folder = tmp_path / "m"
+    original = make_model(vocab_size=20_000)  # so that weights outweigh the rest
+    save_checkpoint(folder, load_checkpoint(original, dtype=dtype), tokenizer=original)
+    source = Source(folder=folder, name="m")
+    for module in (gguf_format, onnx_format, hf_format):
+        for name in ("TOKENIZER_BYTES", "SETTINGS_BYTES"):
+            monkeypatch.setattr(module, name, 0, raising=False)
+    (tmp_path / "scratch").mkdir()
+    if form.is_folder:
+        (tmp_path / "out").mkdir()
+    form.write(source, tmp_path / "out", tmp_path / "scratch", lambda status: None)
+    written = [
+        file for name in ("out", "scratch") for file in [tmp_path / name, *(tmp_path / name).rglob("*")]
+    ]
+    size = sum(
+        file.stat().st_size for file in written if file.is_file() and not file.name.startswith("tokenizer")
+    )
+    asked = form.disk_bytes(source)
+    assert asked / 2 < size < asked + (2 << 20)

@@ -1,16 +1,16 @@
-"""A GGUF in F32 made smaller by llama.cpp's own quantiser, and what each tensor became."""
+"""A GGUF in floats made smaller by llama.cpp's own quantiser, and what each tensor became."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 
-import llama_cpp
 from gguf import GGMLQuantizationType, GGUFReader, LlamaFileType
 
 from minicpm_edge.errors import UserError
-from minicpm_export.gguf.llama_log import quiet_log
 from minicpm_export.threads import num_threads
 
 QUANTISED_TYPES: Mapping[str, LlamaFileType] = {
@@ -29,20 +29,39 @@ MIXED_TYPES: Mapping[str, frozenset[str]] = {
     "Q4_K_M": frozenset({"Q4_K", "Q6_K"}),
     "Q4_0": frozenset({"Q4_0", "Q6_K"}),
 }
+# The most bytes a weight that a file of the type has, embeddings and fallbacks to larger types included.
+BYTES_PER_WEIGHT: Mapping[str, float] = {
+    "F32": 4.0,
+    "F16": 2.0,
+    "BF16": 2.0,
+    "Q8_0": 1.07,
+    "Q6_K": 0.95,
+    "Q5_K_M": 0.85,
+    "Q4_K_M": 0.75,
+    "Q4_0": 0.7,
+}
 SUPER_BLOCK = 256  # a K type packs that many weights of a row together
 
 
 def quantize(source: Path, out: Path, quant: str) -> None:
-    """Write ``source`` (a GGUF in F32) to ``out`` in the given type. Not atomic by itself."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = int(QUANTISED_TYPES[quant])
-    params.nthread = num_threads()
-    if hasattr(params, "max_buf_size"):  # since llama-cpp-python 0.3.36
-        params.max_buf_size = MAX_BUFFER_BYTES
-    errors = quiet_log()
-    status = llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params)
-    if status != 0:
-        raise UserError(f"llama.cpp cannot quantise to {quant}: {'; '.join(errors) or f'status {status}'}")
+    """Write ``source`` (a GGUF in floats) to ``out`` in the given type. Not atomic by itself.
+
+    Raises:
+        UserError: with llama.cpp's reason, where it cannot.
+    """
+    arguments = (source, out, int(QUANTISED_TYPES[quant]), num_threads(), MAX_BUFFER_BYTES)
+    command = [sys.executable, "-m", "minicpm_export.gguf.quantize_process", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
+        try:
+            _, errors = process.communicate()
+        except BaseException:  # Ctrl-C, a termination: nobody is left to want its result
+            process.kill()
+            raise
+    if process.returncode != 0:
+        lines = errors.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(
+            f"llama.cpp cannot quantise to {quant}: {lines[-1] if lines else f'status {process.returncode}'}"
+        )
 
 
 def tensor_types(path: Path) -> dict[str, tuple[str, int]]:

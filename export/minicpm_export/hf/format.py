@@ -15,6 +15,7 @@ from minicpm_edge.formats.checkpoint import LazyTensor, open_hf_state_dict, writ
 from minicpm_edge.formats.generation import GENERATION_CONFIG
 from minicpm_edge.formats.resolve import WEIGHT_FILES
 from minicpm_edge.json_file import write_json
+from minicpm_export.folder_check import wrong_settings
 from minicpm_export.format import ExportedFile, ReadBack
 from minicpm_export.hf.config import CONFIGS
 from minicpm_export.hf.fold import fold_scales
@@ -22,6 +23,7 @@ from minicpm_export.source import Source
 from minicpm_export.verify.compare import THRESHOLDS
 from minicpm_export.verify.torch_runtime import TorchRuntime
 
+SETTINGS_BYTES = 64 << 20  # a tokenizer of a large vocabulary, in both of its forms
 SINGLE, INDEX = WEIGHT_FILES
 
 
@@ -39,6 +41,11 @@ class HuggingFace:
 
     def file_name(self, model: str) -> str:
         return f"{model}-hf"
+
+    def disk_bytes(self, source: Source) -> int:
+        stored = sum(tensor.num_bytes for tensor in source.state_dict().values())
+        # A folded file has some of its tensors in F32.
+        return (2 if self.architecture == "llama" else 1) * stored + SETTINGS_BYTES
 
     def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
         entries, tensors = CONFIGS[self.architecture](source), source.state_dict()
@@ -74,7 +81,10 @@ class HuggingFace:
                 quant="F32 where scaled" if folded else "as stored",
                 files=sorted(out.iterdir()),
                 read_backs=[read_back],
-                failures=[] if folded else list(_differing_tensors(source.folder, out)),
+                failures=[
+                    *wrong_settings(out, source),
+                    *([] if folded else _differing_tensors(source.folder, out)),
+                ],
             )
         ]
 

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from math import prod
@@ -15,9 +15,10 @@ from typing import ClassVar
 
 import onnx
 
-from minicpm_edge.formats.generation import GENERATION_CONFIG, GenerationSettings
-from minicpm_edge.json_file import write_json
+from minicpm_edge.formats.generation import GENERATION_CONFIG, SAMPLING, GenerationSettings
+from minicpm_edge.json_file import read_json, write_json
 from minicpm_edge.model.config import ModelConfig
+from minicpm_export.folder_check import wrong_settings
 from minicpm_export.format import ExportedFile, ReadBack
 from minicpm_export.hf.config import granite_config
 from minicpm_export.onnx.graph import build
@@ -33,6 +34,9 @@ FILES: Mapping[str, tuple[str, float]] = {
 }
 
 
+SETTINGS_BYTES = 64 << 20  # a tokenizer of a large vocabulary, in both of its forms
+
+
 @dataclass(frozen=True, kw_only=True)
 class ONNX:
     """A folder with a graph of each type in ``quants`` (F32, INT8)."""
@@ -43,16 +47,40 @@ class ONNX:
     def file_name(self, model: str) -> str:
         return f"{model}-onnx"
 
+    def disk_bytes(self, source: Source) -> int:
+        weights = sum(prod(tensor.shape) for tensor in source.state_dict().values())
+        return int(weights * sum(FILES[quant][1] for quant in self.quants)) + SETTINGS_BYTES
+
     def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
         (out / "onnx").mkdir()
         external = [quant for quant in self.quants if _write_graph(source, out, quant, report)]
         _write_settings(out, source, self.quants, external)
 
     def exported(self, source: Source, out: Path, scratch: Path) -> Sequence[ExportedFile]:
-        return [_exported(out, quant) for quant in self.quants]
+        failures = [*wrong_settings(out, source), *_wrong_genai_settings(out, source)]
+        return [_exported(out, quant, failures) for quant in self.quants]
 
 
-def _exported(folder: Path, quant: str) -> ExportedFile:
+def _wrong_genai_settings(folder: Path, source: Source) -> Iterator[str]:
+    """A line for each setting of genai_config.json that is not the source's."""
+    genai = read_json(folder / "genai_config.json")
+    model, search = genai["model"], genai["search"]
+    pairs = (
+        ("begin of text", model["bos_token_id"], source.generation.bos_id),
+        ("ends of an answer", set(model["eos_token_id"]), set(source.generation.stop_ids)),
+        ("context length", model["context_length"], source.config.max_position_embeddings),
+        (
+            "sampling",
+            {name: search.get(name) for name in SAMPLING if name in search},
+            source.generation.sampling,
+        ),
+    )
+    for name, got, expected in pairs:
+        if got != expected:
+            yield f"genai_config.json, {name}: {got}, the model's is {expected}"
+
+
+def _exported(folder: Path, quant: str, failures: Sequence[str]) -> ExportedFile:
     path = folder / FILES[quant][0]
 
     def read_back(what: str, *, through_cache: bool) -> ReadBack:
@@ -72,6 +100,7 @@ def _exported(folder: Path, quant: str) -> ExportedFile:
             read_back(quant, through_cache=False),
             read_back("… through its cache", through_cache=True),
         ],
+        failures=failures,
     )
 
 

@@ -54,6 +54,11 @@ class Thresholds:
 THRESHOLDS: Mapping[str, Thresholds] = {
     "exact": Thresholds(mean_kl=0.0, p99_kl=0.0, top1_agreement=1.0, max_logit_difference=0.0),
     "F32": Thresholds(mean_kl=1e-5, p99_kl=1e-4, top1_agreement=0.99, max_logit_difference=1e-3),
+    # Weights as the source has them, in the 16 bits it has them in: what is left is the runtime's rounding of
+    # activations. A hundredth of what a quantised type may cost, so that a wrong map cannot hide in it.
+    "F32 exact": Thresholds(mean_kl=1e-5, p99_kl=1e-4, top1_agreement=0.99, max_logit_difference=1e-3),
+    "F16 exact": Thresholds(mean_kl=5e-5, p99_kl=1e-3, top1_agreement=0.99),
+    "BF16 exact": Thresholds(mean_kl=1e-3, p99_kl=2e-2, top1_agreement=0.97),
     "F16": Thresholds(mean_kl=5e-3, p99_kl=0.05, top1_agreement=0.97),
     "BF16": Thresholds(mean_kl=0.02, p99_kl=0.3, top1_agreement=0.95),
     "Q8_0": Thresholds(mean_kl=0.05, p99_kl=0.8, top1_agreement=0.92),

@@ -4,15 +4,18 @@ import json
 
 import numpy as np
 import pytest
+import torch
+from gguf import GGUFReader
 from minicpm_export.gguf import tensor_map, writer
 from minicpm_export.gguf.format import GGUF
+from minicpm_export.gguf.quantize import quantize
 from minicpm_export.gguf.tokenizer import tokenizer_keys
 from minicpm_export.pipeline import export
 from minicpm_export.source import Source
 from minicpm_export.verify import certificate
 
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.checkpoint import sha256
+from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint, sha256
 
 
 def without(key):
@@ -53,6 +56,37 @@ FAULTS = {
         ),
     ),
 }
+
+
+@pytest.fixture(scope="module")
+def bfloat16_model(make_model, tmp_path_factory):
+    """The small model as published weights are stored: what is quantised is then a GGUF in BF16."""
+    folder = tmp_path_factory.mktemp("bfloat16") / "m"
+    save_checkpoint(folder, load_checkpoint(make_model(), dtype=torch.bfloat16), tokenizer=make_model())
+    return folder
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_wrong_map_of_16_bit_weights_is_caught(fault, bfloat16_model, tmp_path, monkeypatch):
+    """What is compared before quantising has the runtime's rounding to 16 bits in it, and no more."""
+    name, value = FAULTS[fault]
+    monkeypatch.setattr(writer if name == "rotary_order" else tensor_map, name, value)
+    with pytest.raises(UserError, match=r"before quantising: mean KL|the key minicpm"):
+        export(GGUF(quant="Q4_0"), Source(folder=bfloat16_model, name="m"), tmp_path / "m.gguf")
+
+
+def test_quantising_16_bit_weights_gives_the_same_bytes(bfloat16_model, tmp_path):
+    """From a GGUF in BF16 as from one in F32, which takes twice the room."""
+    source = Source(folder=bfloat16_model, name="m")
+    [made] = export(GGUF(quant="Q4_K_M"), source, tmp_path / "m.gguf")
+    before = next(check for check in made.checks if check.what == "before quantising")
+    assert before.measures.mean_kl < 1e-4
+    writer.write_gguf(bfloat16_model, tmp_path / "full", quant="F32", name="m", report=lambda status: None)
+    quantize(tmp_path / "full", tmp_path / "other.gguf", "Q4_K_M")
+    ours, other = (GGUFReader(tmp_path / name).tensors for name in ("m.gguf", "other.gguf"))
+    assert {tensor.name: tensor.data.tobytes() for tensor in ours} == {
+        tensor.name: tensor.data.tobytes() for tensor in other
+    }
 
 
 @pytest.mark.parametrize("quant", ["F32", "Q4_0"])
