@@ -17,9 +17,9 @@ from minicpm_edge.cli.table import format_table
 from minicpm_edge.errors import UserError
 
 # distribution → (import name, what it is for, extra that installs it)
-PACKAGES = {
+PACKAGES: dict[str, tuple[str, str, str | None]] = {
     "torch": ("torch", "training, export", "train"),
-    "triton": ("triton", "kernels on a GPU; comes with a CUDA build of torch", "dev"),
+    "triton": ("triton", "kernels on a GPU; comes with a CUDA build of torch", None),
     "pyarrow": ("pyarrow", "reading parquet", "train"),
     "llama-cpp-python": ("llama_cpp", "GGUF: quantise, run, serve", "serve"),
     "onnxruntime": ("onnxruntime", "ONNX: run", "export"),
@@ -103,7 +103,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _package_row(name: str, package: dict[str, str | None]) -> tuple[str, str]:
     if package["version"] is None:
-        return name, f"missing: pip install 'minicpm-edge[{package['extra']}]' ({package['for']})"
+        remedy = f": pip install 'minicpm-edge[{package['extra']}]'" if package["extra"] else ""
+        return name, f"missing{remedy} ({package['for']})"
     return name, f"{package['version']} ({package['for']})"
 
 

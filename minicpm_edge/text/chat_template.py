@@ -88,7 +88,11 @@ class Budget:
             raise SecurityError(f"it runs longer than {MAX_SECONDS:g} s")
 
     def measure(self, value: object) -> None:
-        """Charge the full size of ``value``, lists within lists included, however often they are shared."""
+        """Charge the full size of ``value``, lists within lists included, however often they are shared.
+
+        Raises:
+            SecurityError: when that is past the budget, or a namespace lies within, which may grow later.
+        """
         # Nearly every value is a text.
         if type(value) is str:
             self.charge(1 + len(value))

@@ -1,7 +1,10 @@
 """What ``doctor`` tells."""
 
 import json
+import re
+from importlib.metadata import requires
 
+from minicpm_edge.cli.doctor import PACKAGES
 from minicpm_edge.cli.main import main
 
 
@@ -11,6 +14,14 @@ def test_doctor_says_which_kernels_and_why(capsys):
     assert report["packages"]["torch"]["version"]
     assert set(report["kernels"]) >= {"attention", "moe", "linear_cross_entropy"}
     assert all(kernel["reason"] for kernel in report["kernels"].values())
+
+
+def test_the_extra_it_names_installs_the_package():
+    pattern = r"([\w-]+).*; extra == ['\"](\w+)['\"]"
+    found = {match.groups() for entry in requires("minicpm-edge") if (match := re.match(pattern, entry))}
+    named = {(name, extra) for name, (_, _, extra) in PACKAGES.items() if extra is not None}
+    assert len(named) == len(PACKAGES) - 1, "all but Triton, which torch brings"
+    assert named <= found
 
 
 def test_a_wrong_override_is_one_line(monkeypatch, capsys):
