@@ -16,13 +16,15 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
+from itertools import count
+from string import Formatter
 from typing import Any, NoReturn
 
 from jinja2 import Environment, Template, TemplateError, Undefined, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.runtime import Context
+from jinja2.runtime import Context, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
 
@@ -41,7 +43,7 @@ LINE_ENDS = "\n\r\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 # A name in the context that no template can spell.
 BUDGET = "the budget"
 
-# The filters and methods that published templates use. What takes a width (center, ljust, format) is not among them.
+# The filters and methods that published templates use. What takes a width (center, ljust) is not among them.
 FILTERS = """
     abs capitalize count d default dictsort e escape first float groupby indent int items join last length list
     lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum title trim
@@ -159,9 +161,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def call(self, context: Context, obj: Any, /, *arguments: Any, **named: Any) -> Any:
         budget = _budget(context)
         budget.charge(budget.turn_cost)
-        budget.measure([*arguments, *named.values()])
+        # Inside a loop or block, compiled templates hand each call the variables set there.
+        named = {name: value for name, value in named.items() if name not in ("_loop_vars", "_block_vars")}
+        # A macro may be given a namespace: to it, that is one more variable.
+        by_reference = Namespace if isinstance(obj, Macro) else ()
+        given = [value for value in (*arguments, *named.values()) if not isinstance(value, by_reference)]
+        budget.measure(given)
         # The sandbox wraps str.format.
         owner = getattr(getattr(obj, "__wrapped__", obj), "__self__", None)
+        if type(owner) is str and obj.__name__ == "format":
+            return _format(budget, owner, arguments, named)
         for kind in (str, dict, list, tuple, int, float, bytes, type):
             if isinstance(owner, kind) and obj.__name__ not in METHODS.get(kind, ()):
                 raise SecurityError(f"it calls {kind.__name__}.{obj.__name__}, which templates may not")
@@ -173,6 +182,23 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if obj is not Namespace:
             budget.measure(result)
         return result
+
+
+def _format(budget: Budget, text: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """``text.format(…)`` with plain fields only (``{}``, ``{0}``, ``{name}``): no widths, no attributes."""
+    pieces = []
+    positions = count()
+    for literal, field, spec, conversion in Formatter().parse(text):
+        budget.charge(PIECE_COST + len(literal))
+        pieces.append(literal)
+        if field is None:
+            continue
+        if spec or conversion or not (field == "" or field.isdecimal() or field.isidentifier()):
+            raise SecurityError("it formats text with widths or attributes; only plain {} fields are allowed")
+        value = named[field] if field.isidentifier() else arguments[int(field or next(positions))]
+        budget.measure(value)
+        pieces.append(str(value))
+    return "".join(pieces)
 
 
 def _text_cost(name: str, text: str, arguments: Sequence[Any], named: Mapping[str, Any]) -> int:

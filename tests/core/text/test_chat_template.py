@@ -48,6 +48,12 @@ BOMBS = {
     "zfill": "{{ 'a'.zfill(1000000000) }}",
     "center": "{{ 'a' | center(1000000000) }}",
     "format": "{{ '{:1000000000}'.format(1) }}",
+    "format with a width from outside": "{{ '{:{}}'.format(1, 1000000000) }}",
+    "formatting a long text often": "{% set s = 'a' * 9000000 %}{% set t = ('{0}' * 99999).format(s) %}",
+    "many fields": "{% set s = ('{0}{{' * 9000000).format(1) %}",
+    "a namespace into itself by a macro": "{% macro f(m) %}{% set m.a = m %}{{ m.a }}{% endmacro %}"
+    "{{ f(namespace(a=1)) }}",
+    "a macro's arguments": "{% macro f() %}{{ varargs }}{% endmacro %}{{ f(namespace(a=1)) }}",
     "expandtabs": "{{ '\t'.expandtabs(1000000000) }}",
     "to_bytes": "{{ (1).to_bytes(1000000000, 'big') }}",
     "indent": "{{ 'a\nb' | indent(1000000000) }}",
@@ -85,6 +91,8 @@ ESCAPES = {
     "globals of a function": "{{ raise_exception.__globals__ }}",
     "the environment": "{{ self._TemplateReference__context.environment }}",
     "a format string": "{{ '{0.__class__}'.format(1) }}",
+    "an item of a format string": "{{ '{0[__class__]}'.format(1) }}",
+    "a format map": "{{ '{x.__class__}'.format_map({'x': 1}) }}",
     "the budget": "{{ self['the budget'] }}",
     "changing a message": "{{ messages.append(1) }}",
     "another file": "{% include '/etc/passwd' %}",
@@ -151,6 +159,19 @@ def test_a_template_may_refuse():
         ("{{ m[::-1][0].a }} {{ (m | length) > 1 }} {{ range(3) | list }}", "y True [0, 1, 2]"),
         ("a\n  {% if true %}\nb\n  {% endif %}\nc", "a\nb\nc"),
         ("{{ strftime_now('%Y') | length }}", "4"),
+        (
+            "{{ '<{}|{}>'.format('a', none) }}{{ '{1}{0}{x}{{}}'.format(1, 2.5, x=m[0].a) }}",
+            "<a|None>2.51x{}",
+        ),
+        (
+            "{% for x in m %}{% set n = namespace(t='') %}{% set n.t = n.t ~ x.a %}{{ n.t.upper() }}{% endfor %}",
+            "XY",
+        ),
+        (
+            "{% macro next(n) %}{% set n.i = n.i + 1 %}{{ n.i }}{% endmacro %}{% set n = namespace(i=0) %}"
+            "{{ next(n) }}{{ next(n=n) }}",
+            "12",
+        ),
     ],
 )
 def test_what_published_templates_do_works(source, expected):
