@@ -12,13 +12,15 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="kernel tests need Triton (Linux)")
+# No test here can run without Triton. A skip would not do: pytest reads this file before it can skip anything.
+collect_ignore_glob = ["*"] if find_spec("triton") is None else []
 
 IN_EMULATOR = os.environ.get("MINICPM_TEST_DEVICE") == "sm90"
 TESTING_TOOLS = Path(__file__).parents[2] / "kernels" / "testing"
@@ -144,6 +146,7 @@ def assert_as_accurate() -> Callable[..., None]:
         exact: torch.Tensor,
         *,
         factor: float = 2.0,
+        largest_factor: float | None = None,
         roundings: float = 1.0,
         floor: float = 0.0,
         what: str = "output",
@@ -154,6 +157,7 @@ def assert_as_accurate() -> Callable[..., None]:
         one rounding of the output's type at the tensor's own size is granted, because no kernel can do
         better; a chain of operations that rounds to that type at each step may ask for more. ``floor`` is
         an error below which a result counts as exact: for gradients that are zero but for float32 rounding.
+        ``largest_factor`` is the factor of the first measure, where the largest of few errors is mostly luck.
         """
         assert ours.shape == exact.shape, f"{what}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
         assert ours.dtype == torch_own.dtype, f"{what}: {ours.dtype}, not {torch_own.dtype}"
@@ -163,7 +167,8 @@ def assert_as_accurate() -> Callable[..., None]:
         rounding = roundings * torch.finfo(ours.dtype).eps / 2
         ours, torch_own, exact = (x.detach().double() for x in (ours, torch_own, exact))
         for name, size in (("largest", _largest), ("root mean square", _root_mean_square)):
-            error, allowed = size(ours - exact), factor * size(torch_own - exact)
+            here = largest_factor if largest_factor and size is _largest else factor
+            error, allowed = size(ours - exact), here * size(torch_own - exact)
             allowed = max(allowed, floor, rounding * size(exact))
             assert error <= allowed, f"{what}: {name} error {error:.3e} exceeds {allowed:.3e}"
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,3 +140,19 @@ print("ran")
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.stdout == "ran\n", result.stderr
+
+
+@pytest.mark.slow
+def test_the_session_is_empty_without_triton():
+    """A platform without it (macOS) collects nothing here, and says so instead of ending in a traceback."""
+    folder = str(Path(__file__).parent)
+    program = f"""
+import sys
+sys.modules["triton"] = None
+import pytest
+sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", {folder!r}]))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, result.stdout + result.stderr
+    assert "no tests ran" in result.stdout
+    assert "Traceback" not in result.stdout + result.stderr

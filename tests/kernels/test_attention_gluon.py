@@ -20,6 +20,8 @@ from minicpm_kernels.attention.gluon_fwd import attention_gluon_forward
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
 MANY_DOCUMENTS = [1, 1, 3, 50, 2, 0, 77, 30, 5, 129, 64, 100, 0]
+# Of 300 tokens: the first starts late, falls, ends beyond the tokens, is negative.
+UNUSABLE_CU_SEQLENS = [[150, 300], [0, 192, 250, 10, 300], [0, 2**31 - 1], [-(2**31), 100, 300]]
 
 
 @pytest.fixture
@@ -112,6 +114,25 @@ def test_float16(head_dim: int, device: torch.device, assert_as_accurate: Callab
 def test_sizes(size: float, device: torch.device, assert_as_accurate: Callable[..., None]) -> None:
     q, k, v, cu_seqlens = _inputs([140], 1, 1, 64, torch.bfloat16, device)
     _check((q * size, k * size, v * size, cu_seqlens), assert_as_accurate)
+
+
+@pytest.mark.usefixtures("runnable")
+@pytest.mark.parametrize("cu_seqlens", UNUSABLE_CU_SEQLENS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_unusable_cu_seqlens_do_not_hang(head_dim: int, cu_seqlens: list[int], device: torch.device) -> None:
+    """The host does not look at their values. The emulator ends a deadlock, a card would not."""
+    q, k, v, _ = _inputs([300], 1, 1, head_dim, torch.bfloat16, device)
+    out, _ = _run((q, k, v, torch.tensor(cu_seqlens, dtype=torch.int32, device=device)), None)
+    assert out.shape == q.shape
+
+
+@pytest.mark.usefixtures("runnable")
+def test_tokens_before_the_first_document_leave_it_alone(device: torch.device) -> None:
+    q, k, v, cu_seqlens = _inputs([150, 150], 1, 1, 64, torch.bfloat16, device)
+    expected, _ = _run((q, k, v, cu_seqlens), None)
+    out, _ = _run((q, k, v, cu_seqlens[1:]), None)
+    assert torch.equal(out[150:], expected[150:])
+    assert torch.equal(out[:150], v[:150])
 
 
 @pytest.mark.usefixtures("runnable")

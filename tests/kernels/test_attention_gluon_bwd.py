@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 
 import pytest
@@ -18,7 +20,10 @@ from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
+IN_EMULATOR = os.environ.get("MINICPM_TEST_DEVICE") == "sm90"
 MANY_DOCUMENTS = [1, 1, 3, 50, 2, 0, 77, 30, 5, 129, 64, 100, 0]
+# Of 300 tokens: the first starts late, falls, ends beyond the tokens, is negative.
+UNUSABLE_CU_SEQLENS = [[150, 300], [0, 192, 250, 10, 300], [0, 2**31 - 1], [-(2**31), 100, 300]]
 
 
 @pytest.fixture
@@ -142,6 +147,34 @@ def test_tokens_of_no_document(end: int, num_tokens: int, deterministic: bool, d
 
 
 @pytest.mark.usefixtures("runnable")
+@pytest.mark.parametrize("cu_seqlens", UNUSABLE_CU_SEQLENS, ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_unusable_cu_seqlens_do_not_hang(head_dim: int, cu_seqlens: list[int], device: torch.device) -> None:
+    problem = Problem(device, [300], head_dim=head_dim)
+    problem.cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    for deterministic in (False, True):
+        assert problem.gradients(deterministic=deterministic)[0].shape == (300, 1, head_dim)
+
+
+@pytest.mark.usefixtures("runnable")
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_stages_are_fenced_before_tma_writes_them_again(
+    head_dim: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Log-sum-exp and delta are read by ordinary loads and overwritten by TMA: two proxies."""
+    if not IN_EMULATOR:
+        pytest.skip("only the emulator sees fences")
+    from ptx_emulator.driver import mode_from_environment, use
+
+    # Triton's own kernels leave this fence out.
+    monkeypatch.setattr(attention_gluon_bwd, "separate_dq", lambda *arguments, **options: None)
+    problem = Problem(device, [450], head_dim=head_dim)
+    with use(dataclasses.replace(mode_from_environment(), read_fences=True)):
+        for deterministic in (False, True):
+            problem.gradients(deterministic=deterministic)
+
+
+@pytest.mark.usefixtures("runnable")
 def test_heads_in_sections(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_as_accurate: Callable[..., None]
 ) -> None:
@@ -179,8 +212,8 @@ def test_missing_part_of_gluon_is_named(device: torch.device, monkeypatch: pytes
 
 @pytest.mark.slow
 def test_compiles_within_limits(run_where_triton_compiles: Callable[[str], str]) -> None:
-    """In a process without the interpreter, both types. Products stay in flight: where ptxas cannot keep them so, it
-    waits after each instruction (gsb0), not after each product, and says it only in its log."""
+    """In a process without the interpreter, both types. MMAs stay in flight: where ptxas cannot keep them so, it
+    waits after each instruction (gsb0), not after each MMA, and says it only in its log."""
     program = """
 import dataclasses, re, tempfile
 from pathlib import Path
@@ -197,9 +230,31 @@ for case in gluon_backward_cases():
             cubin.write_bytes(compiled.asm["cubin"])
             waits = len(re.findall("HGMMA[^;]*gsb0", cuobjdump("--dump-sass", cubin)))
         if waits != compiled.asm["ptx"].count("wgmma.commit_group"):
-            print(case.name, "waits for its products one by one")
+            print(case.name, "waits for its MMAs one by one")
 """
     assert run_where_triton_compiles(program) == ""
+
+
+@pytest.mark.slow
+def test_all_warps_of_a_partition_are_done_when_one_arrives(
+    run_where_triton_compiles: Callable[[str], str],
+) -> None:
+    """One thread arrives at an mbarrier for its partition; the compiler puts the bar.sync before it."""
+    program = """
+import re
+from minicpm_kernels_testing.sm90_compile import compile_sm90
+from minicpm_kernels_testing.cases.attention import gluon_backward_cases, gluon_forward_cases
+for case in gluon_backward_cases() + gluon_forward_cases():
+    if case.needs_tensor_cores:
+        ptx = re.sub(r"//.*|\\.loc .*|\\s*\\n", "\\n", compile_sm90(case).asm["ptx"])
+        ptx = [line.strip() for line in ptx.splitlines() if line.strip()]
+        arrivals = [i for i, line in enumerate(ptx) if "mbarrier.arrive.shared" in line]
+        alone = [i for i in arrivals if not any("bar.sync" in line for line in ptx[i - 4 : i])]
+        print(case.name, len(arrivals) > 3, len(alone))
+"""
+    lines = run_where_triton_compiles(program).splitlines()
+    assert len(lines) == 5
+    assert all(line.endswith(" True 0") for line in lines), lines
 
 
 @pytest.mark.usefixtures("runnable")

@@ -37,9 +37,9 @@ class Case:
     hidden: int
     open_experts: int | None = None
 
-    def inputs(self, device, dtype, scale=1.0):
+    def inputs(self, device, dtype, scale=1.0, seed=None):
         """(x, weights, gate_up, down) and the experts chosen."""
-        generator = torch.Generator().manual_seed(self.tokens)
+        generator = torch.Generator().manual_seed(self.tokens if seed is None else seed)
         normal = partial(torch.randn, generator=generator)
         logits = normal(self.tokens, self.experts)
         logits[:, self.open_experts or self.experts :] = -float("inf")
@@ -66,15 +66,19 @@ TINY = Case(tokens=9, top_k=2, experts=2, width=32, hidden=16)
 SMALL = Case(tokens=41, top_k=2, experts=4, width=64, hidden=48)
 
 
-def check(case, dtype, device, with_gradients, assert_as_accurate, scale=1.0):
-    inputs, experts = case.inputs(device, dtype, scale)
+def check(case, dtype, device, with_gradients, assert_as_accurate, scale=1.0, seed=None):
+    inputs, experts = case.inputs(device, dtype, scale, seed)
     results = (
         with_gradients(partial(ours, experts=experts), inputs),
         with_gradients(partial(experts_torch, experts=experts), inputs),
         with_gradients(partial(experts_torch, experts=experts), inputs, dtype=torch.float64),
     )
+    # Sums of two or three rows in float32: which of two correct orders has the larger worst element is luck. Of 200
+    # seeds on plain torch, 2 (SMALL) and 10 % (MANY) exceed twice torch's, none four times; the root mean square stays
+    # below 1.6 times.
+    largest_factor = 4.0 if dtype == torch.float32 else None
     for what, *values in zip(NAMES, *results, strict=True):
-        assert_as_accurate(*values, what=what)
+        assert_as_accurate(*values, what=what, largest_factor=largest_factor)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -87,6 +91,12 @@ def test_outputs_and_gradients(case, device, backend, poisoned_memory, with_grad
 )
 def test_other_types(case, dtype, device, backend, poisoned_memory, with_gradients, assert_as_accurate):
     check(case, dtype, device, with_gradients, assert_as_accurate)
+
+
+def test_float32_where_the_largest_error_is_over_twice_that_of_torch(
+    device, backend, with_gradients, assert_as_accurate
+):
+    check(MANY, torch.float32, device, with_gradients, assert_as_accurate, seed=15)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1e2])

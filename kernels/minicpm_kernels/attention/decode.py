@@ -113,4 +113,4 @@ def attention_decode_reference(
         enable_gqa=True,
     )
     # A softmax over nothing is NaN; an empty cache gives zero, as the kernel does.
-    return out_BH1D[:, :, 0].masked_fill((lengths_B == 0)[:, None, None], 0).contiguous()
+    return out_BH1D[:, :, 0].masked_fill((lengths_B <= 0)[:, None, None], 0).contiguous()

@@ -28,7 +28,6 @@ meet: Any = getattr(gl, "thread_barrier", getattr(gl, "barrier", None))
 @gluon.jit
 def release(barrier):
     """Say that the partition is done with something: all of its warps are, not only the one that says so."""
-    meet()
     mbarrier.arrive(barrier, count=1)
 
 

@@ -286,6 +286,9 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
         if not AHEAD:
             d_weight_1 = _times_transposed(value, s_d_out.index(stage + 1), score_layout)
         b_d_weight = hopper.warpgroup_mma_wait(AHEAD, deps=[d_weight_1])
+        if not ADD_DQ:
+            # TMA overwrites the log-sum-exp and delta that ordinary loads have read; with ADD_DQ, `_share` has fenced.
+            hopper.fence_async_shared()
         release(empty.index(stage))
         b_d_score = _d_score(b_weight, b_d_weight, s_delta.index(stage + 1), dtype)
         dk = hopper.warpgroup_mma(_left(b_d_score, b_dk), s_q.index(stage + 1), dk, is_async=True)
@@ -293,6 +296,8 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
             _share(b_d_score, s_d_score.index(ATTENDERS + INDEX), shared.index(1), taken.index(1), pair)
         # No product runs on into the next turn: ptxas would take all of them one by one.
         b_dk, b_dv = hopper.warpgroup_mma_wait(0, deps=[dk, dv])
+        if not ADD_DQ:
+            hopper.fence_async_shared()
         release(empty.index(stage + 1))
         query += 2 * ROWS
         head_row = gl.where(query == stop, head_row + num_slots, head_row)

@@ -162,8 +162,10 @@ def _load_partition(
                     passed = _passed(c, ATTENDERS, BLOCK_K)
                     low = gl.load(p_first_key + gl.minimum(row, num_tokens - 1))
                     high = gl.load(p_first_key + gl.minimum(row + ROWS, num_tokens) - 1)
-                    cut_from = gl.maximum((end - high) // BLOCK_K, passed + 1)
-                    cut_to = gl.cdiv(end - low, BLOCK_K)
+                    # Counts add up to num_blocks and none is negative, whatever cu_seqlens holds, or an attender would
+                    # wait for blocks that never come.
+                    cut_to = gl.minimum(gl.maximum(gl.cdiv(end - low, BLOCK_K), passed + 1), num_blocks)
+                    cut_from = gl.minimum(gl.maximum((end - high) // BLOCK_K, passed + 1), cut_to)
                     mbarrier.wait(q_empty.index(c), q_phase)
                     _write(s_work, c, FIRST_ROW, row)
                     _write(s_work, c, HEAD, head)

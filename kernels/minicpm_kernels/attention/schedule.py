@@ -63,8 +63,11 @@ def attention_bounds_kernel(
         b_high = tl.where(b_starts_before, b_high, b_middle)
     b_start = tl.load(p_cu_seqlens + b_low)
     b_end = tl.load(p_cu_seqlens + b_low + 1)
-    tl.store(p_first_key + b_token, tl.maximum(b_start, b_token - window + 1), mask=b_token < num_tokens)
-    tl.store(p_end_query + b_token, tl.minimum(b_end, b_token + window), mask=b_token < num_tokens)
+    # The host does not look at cu_seqlens: whatever they hold, a token sees itself, nothing later, nothing outside.
+    b_first_key = tl.maximum(tl.maximum(b_start, b_token - window + 1), 0)
+    b_end_query = tl.minimum(tl.minimum(b_end, b_token + window), num_tokens)
+    tl.store(p_first_key + b_token, tl.minimum(b_first_key, b_token), mask=b_token < num_tokens)
+    tl.store(p_end_query + b_token, tl.maximum(b_end_query, b_token + 1), mask=b_token < num_tokens)
 
 
 @triton.jit

@@ -38,9 +38,11 @@ class Mode:
     seed: int | None = None
     switch: float = 0.05  # chance of going on with another warp after an access, if there is a seed
     races: bool = True  # look for unordered accesses to shared memory
-    # What the instruction set asks for and compilers leave out: a fence.proxy.async between cp.async and wgmma (Triton
-    # 3.6), and no arithmetic between wgmma.fence and its use (3.7, where ptxas mends it).
+    # What the instruction set asks for and compilers leave out: a fence.proxy.async between cp.async and wgmma, and
+    # between ordinary loads and a TMA load into the same place (Triton 3.6); no arithmetic between wgmma.fence and its
+    # use (3.7, where ptxas puts it right).
     copy_fences: bool = False
+    read_fences: bool = False
     register_fences: bool = True
     max_steps: int = 50_000_000
 

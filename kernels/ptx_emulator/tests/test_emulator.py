@@ -346,6 +346,14 @@ def run_ptx(body, mode=None):
     return out
 
 
+def test_integer_minimum_and_maximum_clamped_at_zero():
+    for name, expected in (("min", [0] * 128 + [3] * 128), ("max", [3] * 256)):
+        body = f"sub.s32 %r5, %r1, 128; shl.b32 %r5, %r5, 4; {name}.relu.s32 %r6, %r5, 3; st.global.b32 [%rd1], %r6;"
+        out = run_ptx(body).tolist()
+        assert out[:128] == expected[:128]
+        assert out[130:] == (expected[130:] if name == "min" else [16 * x for x in range(2, 128)])
+
+
 # Every thread gives its number to the thread 128 away.
 EXCHANGE = """
     st.shared.b32 [%r4], %r1;

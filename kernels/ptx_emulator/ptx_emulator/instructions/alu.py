@@ -238,7 +238,7 @@ def _multiply(instruction: Instruction, source: Source) -> list[str]:
 
 def _fma(instruction: Instruction, source: Source) -> list[str]:
     type_ = _type(instruction)
-    _modifiers(instruction, {"rn", "ftz", "sat", "relu"})
+    _modifiers(instruction, {"rn", "ftz", "sat"})
     target, *operands = instruction.operands
     if type_ in ("f16x2", "bf16x2"):
         expression = _packed("fma_f4", type_, [source.bits(x, 32) for x in operands])
@@ -399,7 +399,7 @@ def _convert(instruction: Instruction, source: Source) -> list[str]:
 def _minmax(name: str, numpy_name: str) -> Handler:
     def handle(instruction: Instruction, source: Source) -> list[str]:
         type_ = _type(instruction)
-        _modifiers(instruction, {"ftz", "NaN"})
+        _modifiers(instruction, {"ftz", "NaN"} | ({"relu"} if type_ == "s32" else set()))
         target, *operands = instruction.operands
         spreads_nan = "NaN" in instruction.opcode
         if type_ in ("f16x2", "bf16x2"):
@@ -414,6 +414,8 @@ def _minmax(name: str, numpy_name: str) -> Handler:
             for operand in operands:
                 value = source.value(operand, type_)
                 expression = f"{function}({expression}, {value})" if expression else value
+            if "relu" in instruction.opcode:
+                expression = f"np.maximum({expression}, i4(0))"
         return [source.store(target, _finish(instruction, expression, type_), type_, instruction.guard)]
 
     return handle

@@ -136,6 +136,17 @@ class Watch:
                     cell = int(cells[np.argmax(late)])
                     raise self._race("write after read", cell, int(notes[cell]), note)
 
+    def _check_reads_fenced(self, cells: Array, clock: Clock, note: int) -> None:
+        """Earlier ordinary reads must be fenced before an asynchronous operation overwrites their bytes."""
+        for component, (times, notes) in self.reads.items():
+            late = times[cells] > clock.fenced[component]
+            if component < self.num_warps and late.any():
+                cell = int(cells[np.argmax(late)])
+                raise PtxError(
+                    f"no fence.proxy.async between a read and an asynchronous write of shared memory at offset "
+                    f"{cell}:\n  read: {self.notes[int(notes[cell])]}\n  write: {self.notes[note]}"
+                )
+
     def _record_read(self, cells: Array, component: int, time: int, note: int) -> None:
         if component not in self.reads:
             self.reads[component] = (np.zeros_like(self.written), np.zeros_like(self.written))
@@ -205,6 +216,8 @@ class Watch:
         self._check_written(cells, issued.clock, issued.note, "bulk load after write")
         self._check_fenced(cells, issued.clock, issued.note)
         self._check_read(cells, issued.clock, issued.note)
+        if self.block.launch.mode.read_fences:
+            self._check_reads_fenced(cells, issued.clock, issued.note)
         component, base = self.barriers[barrier]
         state: Mbarrier = self.block.shared.barriers[barrier]
         self._record_write(cells, component, base + state.phase + 1, issued.note)
