@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from minicpm_edge.errors import UserError
+from minicpm_edge.lfs import refuse_pointer
 
 
 def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any]:
             return {}
         raise UserError(f"{path}: no such file") from None
     except (OSError, ValueError, RecursionError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object")

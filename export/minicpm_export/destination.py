@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def choose_destination(
         UserError: where writing would destroy something that is not an export of ours. Even ``force`` replaces
             no folder but those that hold a model.
     """
-    name = form.file_name(model)
+    # As the file system's encoding spells it, which in a locale without UTF-8 is not ours.
+    name = os.fsdecode(form.file_name(model).encode())
     if out is None:
         out = (run / "exports" if run is not None else Path()) / name
     elif not form.is_folder and out.is_dir():
@@ -84,6 +86,11 @@ def _is_our_folder(path: Path) -> bool:
     return bool(certificate.read(path)["certificates"]) and not certificate.unlisted_files(path)
 
 
+def readable(name: str) -> str:
+    """A file's name as text: in a locale without UTF-8 Python has bytes in it that no JSON file can hold."""
+    return os.fsencode(name).decode("utf-8", "replace")
+
+
 def check_free_space(out: Path, num_bytes: int) -> None:
     """Raises :class:`UserError` where the disk of ``out`` has no room for so many bytes: before hours of work."""
     folder = next(parent for parent in out.absolute().parents if parent.is_dir())
@@ -106,6 +113,7 @@ def set_aside(temporary: Path, out: Path, failed: Certificate) -> UserError:
         shutil.rmtree(aside)
     temporary.replace(aside)
     if aside.is_file():
-        hashes = {aside.name: failed.sha256[failed.file]}
-        certificate.write(aside.parent, dataclasses.replace(failed, file=aside.name, sha256=hashes))
+        name = readable(aside.name)
+        hashes = {name: failed.sha256[failed.file]}
+        certificate.write(aside.parent, dataclasses.replace(failed, file=name, sha256=hashes))
     return UserError(f"export failed verification: {'; '.join(failed.failures)}; kept at {aside}")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from minicpm_edge.atomic import atomic_file, atomic_folder
 from minicpm_edge.formats.checkpoint import sha256
-from minicpm_export.destination import check_free_space, set_aside
+from minicpm_export.destination import check_free_space, readable, set_aside
 from minicpm_export.format import ExportedFile, Format
 from minicpm_export.source import Source
 from minicpm_export.verify import certificate
@@ -83,7 +83,7 @@ def export(
 
 def _name(path: Path, temporary: Path, out: Path) -> str:
     """The name of an exported file in the certificate: its path in the folder, or its final name."""
-    return out.name if path == temporary else path.relative_to(temporary).as_posix()
+    return readable(out.name if path == temporary else path.relative_to(temporary).as_posix())
 
 
 def _compare(

@@ -7,6 +7,7 @@ neither torch nor llama_cpp.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -128,4 +129,8 @@ def _missing_package(error: ImportError) -> str:
 
 def entry() -> None:
     """Console-script entry."""
+    for stream in (sys.stdout, sys.stderr):
+        # In a locale without UTF-8 a name or a sign that it lacks must not end the command.
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower() != "utf-8":
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

@@ -21,7 +21,7 @@ from minicpm_edge.engines.prompt_cache import PromptCache
 from minicpm_edge.engines.sampling import Sampler
 from minicpm_edge.engines.sampling_params import SamplingParams
 from minicpm_edge.errors import UserError
-from minicpm_edge.formats.resolve import onnx_file
+from minicpm_edge.formats.resolve import check_onnx_path, onnx_file
 
 BATCH = 128
 PAST, PRESENT = "past_key_values.", "present."
@@ -107,6 +107,7 @@ def _open_session(file: Path, threads: int) -> Any:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+    check_onnx_path(file)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # what goes wrong is in the exception

@@ -22,6 +22,7 @@ from minicpm_edge.atomic import atomic_folder
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.weight_map import WeightMapping, weight_mappings
 from minicpm_edge.json_file import read_json, write_json
+from minicpm_edge.lfs import refuse_pointer
 from minicpm_edge.model.config import ModelConfig
 from minicpm_edge.model.transformer import MiniCPM
 
@@ -71,6 +72,7 @@ class HFStateDict(Mapping[str, LazyTensor]):
     def __init__(self, folder: Path) -> None:
         self._tensors: dict[str, LazyTensor] = {}
         for file in _weight_files(folder):
+            refuse_pointer(file)
             try:
                 self._open(file)
             except (SafetensorError, OSError) as error:

@@ -28,6 +28,7 @@ from minicpm_edge.formats.gguf_types import (
     Scalar,
     Tensor,
 )
+from minicpm_edge.lfs import refuse_pointer
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 HEADER_BYTES, SMALLEST_KEY, SMALLEST_TENSOR = 24, 13, 24
@@ -54,6 +55,7 @@ def check_gguf(path: Path) -> GGUFHeader:
     Raises:
         UserError: when llama.cpp could not load the file, or would not survive loading it.
     """
+    refuse_pointer(path)
     try:
         number, total = part_number(path)
         if number != 1:

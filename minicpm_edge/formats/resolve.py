@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,14 @@ from typing import Literal
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.gguf_files import part_number
 from minicpm_edge.formats.run_folder import RECIPE, RUNS, find_runs, released_checkpoint
+from minicpm_edge.json_file import read_json
 
 # Where exporters put a graph, the most exact first.
 ONNX_FILES = ("onnx/model.onnx", "model.onnx", "onnx/model_quantized.onnx", "model_quantized.onnx")
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
+SHARD = "model-*-of-*.safetensors"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_CACHE = "models--"
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 KINDS = "a run, a checkpoint, a Hugging Face folder, a .gguf file or an ONNX folder"
 
@@ -30,7 +35,17 @@ class ModelRef:
     def name(self) -> str:
         """A short name: the run's, or the file's or folder's own."""
         path = self.run or (onnx_file(self.path)[1] if self.kind == "onnx" else self.path)
-        return path.resolve().name.removesuffix(".gguf")
+        # Not resolved: a hub cache's files are links to blobs that are named by their hashes.
+        path = Path(os.path.normpath(path.absolute()))
+        if path.parent.name == "snapshots" and path.parent.parent.name.startswith(HUB_CACHE):
+            path = path.parent.parent  # …/models--ORGANISATION--NAME/snapshots/COMMIT
+        name = (
+            path.name.removeprefix(HUB_CACHE).split("--")[-1]
+            if path.name.startswith(HUB_CACHE)
+            else path.name
+        )
+        # Undoes what a locale without UTF-8 makes of such a name.
+        return os.fsencode(name.removesuffix(".gguf")).decode("utf-8", "replace")
 
 
 def resolve_model(model: str | Path | None, *, root: Path = RUNS, demo: bool = False) -> ModelRef:
@@ -77,6 +92,17 @@ def onnx_file(path: Path) -> tuple[Path, Path]:
     return path, path.parent.parent if path.parent.name == "onnx" else path.parent
 
 
+def check_onnx_path(path: Path) -> None:
+    """Raises :class:`UserError` for a path that the locale cannot spell: ONNX Runtime takes no other."""
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path).decode("utf-8", "replace")
+        raise UserError(
+            f"ONNX Runtime cannot open {name} in a locale without UTF-8; set PYTHONUTF8=1 or LC_ALL=C.UTF-8"
+        ) from None
+
+
 def _newest(root: Path, demo: bool) -> ModelRef:
     for run in find_runs(root):
         if (checkpoint := released_checkpoint(run)) is not None:
@@ -110,6 +136,7 @@ def _folder(path: Path) -> ModelRef:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has weights but no config.json; copy the one published with them")
         return ModelRef(kind="hf", path=path)
+    _refuse_parts(path)
     if any((path / name).is_file() for name in ONNX_FILES):
         return ModelRef(kind="onnx", path=path)
     files = sorted(file for file in path.glob("*.gguf") if part_number(file)[0] == 1)
@@ -123,6 +150,20 @@ def _folder(path: Path) -> ModelRef:
     if find_runs(path):
         raise UserError(f"{path} is a folder of runs; name one of them, as {find_runs(path)[0]}")
     raise UserError(f"{path} is not a model: it is neither {KINDS.replace(' or ', ' nor ')}")
+
+
+def _refuse_parts(path: Path) -> None:
+    """Raises :class:`UserError` for a folder of weights that are only a part of a model."""
+    if shards := sorted(path.glob(SHARD)):
+        raise UserError(
+            f"{path} has shards ({shards[0].name}, …) but no {WEIGHT_FILES[1]}; copy the one published with them"
+        )
+    if (path / ADAPTER_CONFIG).is_file() or (path / ADAPTER_WEIGHTS).is_file():
+        base = read_json(path / ADAPTER_CONFIG, missing_ok=True).get("base_model_name_or_path")
+        raise UserError(
+            f"{path} is an adapter (LoRA), not a whole model; merge it into its base model"
+            f"{f' {base}' if base else ''} and give the merged folder"
+        )
 
 
 def _run(path: Path) -> ModelRef:

@@ -265,8 +265,8 @@ FAMILIES = {
 
 def _family(entries: Mapping[str, Any]) -> str:
     architectures = entries.get("architectures") or [None]
-    name = architectures[0] if isinstance(architectures, list) else None
-    if name not in FAMILIES:
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(
             f"config.json: architecture {name!r} is not supported; supported: {', '.join(FAMILIES)}"
         )

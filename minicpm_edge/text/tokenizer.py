@@ -20,6 +20,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.json_file import read_json
+from minicpm_edge.lfs import refuse_pointer
 from minicpm_edge.text.added_tokens import add_declared, declared_tokens
 from minicpm_edge.text.chatml import CHATML_TEMPLATE, IM_END, IM_START
 from minicpm_edge.text.sentencepiece import convert
@@ -143,6 +144,8 @@ class Tokenizer:
         model = path if path.suffix == ".model" else folder / SENTENCEPIECE_FILE
         sentencepiece = model.read_bytes() if model.is_file() else None
         declared = declared_tokens(folder, config)
+        for file in (path, model):
+            refuse_pointer(file)
         if path == model:
             assert sentencepiece is not None
             special = {text for text, token in declared.items() if token["special"]}

@@ -28,6 +28,7 @@ SHIPPED = [name for name in PACKAGES if name not in ("minicpm_kernels_testing", 
 # Core from the ground up: a line may import the lines above it, and nothing on its own line but itself.
 CORE_FLOORS = (
     ("errors", "atomic", "cores", "interrupts"),
+    ("lfs",),
     ("json_file",),
     ("model", "text"),
     ("formats",),

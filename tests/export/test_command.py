@@ -211,3 +211,29 @@ def test_a_tokenizer_longer_than_the_embedding_is_refused_before_any_work(
     assert [file.name for file in tmp_path.iterdir()] == ["m"]
     with pytest.raises(UserError, match="521 tokens"):
         load(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="file names there are Unicode in every locale")
+def test_a_path_with_accents_in_a_locale_without_utf_8(model, tmp_path):
+    """By GGUF and HF it works; ONNX Runtime cannot open such a path, which is said with the remedy."""
+    model.rename(tmp_path / "modèle")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+    def run(*options):
+        command = [sys.executable, "-m", "minicpm_edge", "export", "modèle", *options]
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, check=False)
+
+    for options, name in ((("--gguf", "--quant", "Q8_0"), "modèle-Q8_0.gguf"), (("--hf",), "modèle-hf")):
+        done = run(*options)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / name).exists()
+    certificates = json.loads((tmp_path / "certificate.json").read_text(encoding="utf-8"))["certificates"]
+    assert (
+        list(certificates) == ["modèle-Q8_0.gguf"] and certificates["modèle-Q8_0.gguf"]["model"] == "modèle"
+    )
+    assert run("--hf").returncode == 0  # an export of ours is replaced
+    done = run("--onnx", "--quant", "F32")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith(b"error: ONNX Runtime cannot open")
+    assert b"set PYTHONUTF8=1" in done.stderr

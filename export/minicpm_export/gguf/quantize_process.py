@@ -7,6 +7,7 @@ buffer. What goes wrong is on standard error.
 
 from __future__ import annotations
 
+import os
 import sys
 
 import llama_cpp
@@ -21,7 +22,7 @@ def main(source: str, target: str, file_type: str, threads: str, buffer_bytes: s
     if hasattr(params, "max_buf_size"):  # since llama-cpp-python 0.3.36
         params.max_buf_size = int(buffer_bytes)
     errors = quiet_log()
-    status = llama_cpp.llama_model_quantize(source.encode(), target.encode(), params)
+    status = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), params)
     if status != 0:
         print("; ".join(errors) or f"status {status}", file=sys.stderr)
     return 0 if status == 0 else 1

@@ -5,6 +5,7 @@ Legend: T positions of one window, V vocabulary.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,7 @@ class LlamaRuntime:
         llama_cpp.llama_backend_init()
         model_params = llama_cpp.llama_model_default_params()
         model_params.n_gpu_layers = 0
-        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model_params)
+        self.model = llama_cpp.llama_model_load_from_file(os.fsencode(path), model_params)
         if not self.model:
             reason = "; ".join(errors) or "no reason given"
             raise UserError(f"{path}: llama.cpp does not load it ({reason})")

@@ -16,6 +16,7 @@ from typing import ClassVar
 import onnx
 
 from minicpm_edge.formats.generation import GENERATION_CONFIG, SAMPLING, GenerationSettings
+from minicpm_edge.formats.resolve import check_onnx_path
 from minicpm_edge.json_file import read_json, write_json
 from minicpm_edge.model.config import ModelConfig
 from minicpm_export.folder_check import wrong_settings
@@ -52,6 +53,7 @@ class ONNX:
         return int(weights * sum(FILES[quant][1] for quant in self.quants)) + SETTINGS_BYTES
 
     def write(self, source: Source, out: Path, scratch: Path, report: Callable[[str], None]) -> None:
+        check_onnx_path(out)
         (out / "onnx").mkdir()
         external = [quant for quant in self.quants if _write_graph(source, out, quant, report)]
         _write_settings(out, source, self.quants, external)

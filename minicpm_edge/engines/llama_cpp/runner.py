@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Generator, Sequence
 from pathlib import Path
@@ -37,7 +38,7 @@ class LlamaCppRunner:
     def __init__(self, path: Path, *, context_length: int | None, threads: int) -> None:
         start()
         self._model: Any = llama.llama_model_load_from_file(
-            str(path).encode(), llama.llama_model_default_params()
+            os.fsencode(path), llama.llama_model_default_params()
         )
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}: {first_error()}")

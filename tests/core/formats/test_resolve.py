@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats import resolve
+from minicpm_edge.formats.checkpoint import HFStateDict
+from minicpm_edge.formats.gguf_header import check_gguf
 from minicpm_edge.formats.resolve import ModelRef, onnx_file, resolve_model
 from minicpm_edge.formats.run_folder import find_runs
+from minicpm_edge.json_file import read_json
+from minicpm_edge.text.tokenizer import Tokenizer
 
 
 def touch(path: Path, text: str = "", *, age: float = 0) -> Path:
@@ -154,3 +159,62 @@ def test_names_that_are_no_model(tmp_path):
         with pytest.raises(UserError, match="model") as caught:
             resolve_model(name)
         assert len(str(caught.value)) < 500
+
+
+PARTS = {
+    "shards": (["model-00001-of-00002.safetensors"], r"has shards \(model-00001-of-00002.*index.json; copy"),
+    "adapter": (
+        ["adapter_config.json", "adapter_model.safetensors"],
+        r"adapter.*merge it into its base model a/b and",
+    ),
+    "adapter weights": (["adapter_model.safetensors"], r"adapter.*merge it into its base model and give"),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_of_a_model_are_told_apart(name, tmp_path):
+    files, message = PARTS[name]
+    touch(tmp_path / "config.json", "{}")
+    for file in files:
+        touch(tmp_path / file, '{"base_model_name_or_path": "a/b"}')
+    with pytest.raises(UserError, match=message):
+        resolve_model(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="links")
+def test_a_snapshot_of_the_hub_cache_goes_by_the_models_name(tmp_path):
+    """Not by the commit's hash that its folder is called, nor by that of the blob which a file in it links to."""
+    cache = tmp_path / "models--openbmb--MiniCPM-2B"
+    snapshot = cache / "snapshots" / ("1f" * 20)
+    blob = touch(cache / "blobs" / ("ab" * 32))
+    for name in ("config.json", "model.safetensors"):
+        touch(snapshot / name, "{}")
+    (snapshot / "MiniCPM-2B-Q8_0.gguf").symlink_to(blob)
+    assert resolve_model(snapshot).name == "MiniCPM-2B"
+    assert resolve_model(snapshot / "MiniCPM-2B-Q8_0.gguf").name == "MiniCPM-2B-Q8_0"
+
+
+def test_a_model_goes_by_its_folders_name(tmp_path, monkeypatch):
+    for name in ("config.json", "model.safetensors"):
+        touch(tmp_path / "my--model" / name, "{}")
+    monkeypatch.chdir(tmp_path / "my--model")
+    assert resolve_model(".").name == "my--model"
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'4d' * 32}\nsize 4852054\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("model.safetensors", lambda folder: HFStateDict(folder)),
+        ("m.gguf", lambda folder: check_gguf(folder / "m.gguf")),
+        ("tokenizer.json", lambda folder: Tokenizer.load(folder)),
+        ("tokenizer.model", lambda folder: Tokenizer.load(folder)),
+        ("config.json", lambda folder: read_json(folder / "config.json")),
+    ],
+)
+def test_a_git_lfs_pointer_is_told(name, read, tmp_path):
+    touch(tmp_path / name, POINTER)
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer.*git lfs pull"):
+        read(tmp_path)
