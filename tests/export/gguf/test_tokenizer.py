@@ -204,6 +204,29 @@ def test_user_defined_pieces_keep_their_kind(case, as_json, user_defined, make_m
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_folder_that_transformers_saved(legacy, user_defined, make_model, tmp_path):
+    """Its tokenizer.json has a Metaspace, whose spaces GGUF cannot all express: two notes say which, and it passes."""
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "sp").mkdir()
+    (tmp_path / "sp" / "tokenizer.model").write_bytes((user_defined / "tokenizer.model").read_bytes())
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": legacy, **names}
+    (tmp_path / "sp" / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    folder = tmp_path / "m"
+    shutil.copytree(make_model(vocab_size=608), folder)
+    (folder / "tokenizer.json").unlink()
+    theirs = transformers.LlamaTokenizer.from_pretrained(tmp_path / "sp")
+    theirs.save_pretrained(folder)
+    ours = Tokenizer.load(folder)
+    for text in ("<|im_start|>user hi<|im_end|> x", "hello <用户>you", "  a  b", ""):
+        assert ours.encode(text, special=True) == theirs(text, add_special_tokens=False)["input_ids"]
+    [made] = export(GGUF(quant="F32"), Source(folder=folder, name="m"), tmp_path / "m.gguf")
+    assert any("begins with one too" in note for note in made.notes)
+    assert any("follows an added token" in note for note in made.notes) == (not legacy)
+
+
+@pytest.mark.slow
 def test_a_marker_of_another_kind_is_caught(user_defined, make_model, tmp_path, monkeypatch):
     """Written as NORMAL, llama.cpp would spell the marker in letters: the chat would be another."""
     folder = tmp_path / "m"
