@@ -39,11 +39,7 @@ class ModelRef:
         path = Path(os.path.normpath(path.absolute()))
         if path.parent.name == "snapshots" and path.parent.parent.name.startswith(HUB_CACHE):
             path = path.parent.parent  # …/models--ORGANISATION--NAME/snapshots/COMMIT
-        name = (
-            path.name.removeprefix(HUB_CACHE).split("--")[-1]
-            if path.name.startswith(HUB_CACHE)
-            else path.name
-        )
+        name = path.name.split("--", 2)[-1] if path.name.startswith(HUB_CACHE) else path.name
         # Undoes what a locale without UTF-8 makes of such a name.
         return os.fsencode(name.removesuffix(".gguf")).decode("utf-8", "replace")
 

