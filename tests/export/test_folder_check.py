@@ -10,6 +10,8 @@ from minicpm_export.source import Source
 
 from minicpm_edge.errors import UserError
 
+pytestmark = pytest.mark.slow  # each writes, reads back and compares a whole export
+
 
 def change(name, **entries):
     """Other values in one of the folder's JSON files; None removes a key."""

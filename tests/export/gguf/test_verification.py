@@ -17,6 +17,8 @@ from minicpm_export.verify import certificate
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint, save_checkpoint, sha256
 
+pytestmark = pytest.mark.slow  # each writes, reads back and compares a whole export
+
 
 def without(key):
     """The key table without one key: a reader takes its own default."""
