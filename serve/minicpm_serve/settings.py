@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from minicpm_edge.errors import UserError
 
 KEY_VARIABLE = "MINICPM_API_KEY"
+# Apps have schemes of their own: app://obsidian.md, tauri://localhost.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,10 @@ class ServerSettings:
     allowed_hosts: tuple[str, ...] = ()
     """Names beside loopback's by which clients may call this server (the Host header, without port)."""
     allowed_origins: tuple[str, ...] = ()
-    """Web pages elsewhere that may use the API from a browser, as ``https://app.example``; ``*`` is every page."""
+    """Web pages elsewhere that may use the API from a browser, as ``https://app.example`` or ``app://name``.
+
+    ``*`` is every page. ``null`` is what pages opened from a file send, and what any other can send from a frame.
+    """
     model_name: str | None = None
     """The model's name in the API; None takes the model's own."""
     max_waiting: int = 16
@@ -41,7 +46,10 @@ class ServerSettings:
         if self.max_waiting < 0:
             raise UserError(f"--max-waiting is {self.max_waiting}; give 0 or more")
         for origin in self.allowed_origins:
-            _check_origin(origin)
+            if origin != "*" and not is_origin(origin):
+                raise UserError(
+                    f"--allow-origin {origin!r} is not an origin; give one as https://app.example, without a path"
+                )
         if self.api_keys:
             return
         if not is_loopback(self.host):
@@ -49,10 +57,12 @@ class ServerSettings:
                 f"{self.host} can be reached from other machines, so it needs a key: "
                 f"--api-key-file FILE (one key a line), or {KEY_VARIABLE}; --host 127.0.0.1 needs none"
             )
-        if "*" in self.allowed_origins:
-            raise UserError(
-                "--allow-origin '*' lets every web page use this server, so it needs a key: --api-key-file FILE"
-            )
+        for origin in ("*", "null"):
+            if origin in self.allowed_origins:
+                raise UserError(
+                    f"--allow-origin {origin!r} lets every web page use this server, so it needs a key: "
+                    "--api-key-file FILE"
+                )
 
 
 def is_loopback(host: str) -> bool:
@@ -63,6 +73,11 @@ def is_loopback(host: str) -> bool:
         return ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def is_origin(text: str) -> bool:
+    """Whether a browser could send ``text`` in the Origin header: scheme and host, or ``null``."""
+    return text == "null" or bool(_ORIGIN.fullmatch(text))
 
 
 def read_keys(key_file: Path | None) -> tuple[str, ...]:
@@ -89,17 +104,3 @@ def _read(key_file: Path) -> str:
         ) from None
     except UnicodeDecodeError:
         raise UserError(f"{key_file} is not a text file; write one API key a line") from None
-
-
-def _check_origin(origin: str) -> None:
-    if origin == "*":
-        return
-    parts = urlsplit(origin)
-    if (
-        parts.scheme not in ("http", "https")
-        or not parts.netloc
-        or origin != f"{parts.scheme}://{parts.netloc}"
-    ):
-        raise UserError(
-            f"--allow-origin {origin!r} is not an origin; give one as https://app.example, without a path"
-        )

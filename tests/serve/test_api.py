@@ -259,6 +259,30 @@ def test_the_model_may_be_served_under_another_name(model):
         error_of(ask(client, model="fake-1"), 404)
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "message"),
+    [
+        ("embeddings", {"input": ["a"] * 2049}, "input: the value should have at most 2048 items, not 2049"),
+        ("embeddings", {"input": []}, "input: the value should have at least 1 item, not 0"),
+        ("embeddings", {"input": ["a", 5]}, "input.1: the value should be a valid string"),
+        ("completions", {"prompt": [1, "a"]}, "prompt.0: the value should be a valid string"),
+        ("completions", {"prompt": "a", "stop": ["a", 5]}, "stop.1: the value should be a valid string"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 257}]},
+            "messages.0.content: the value should have at most 256 items, not 257",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]},
+            "messages.0.content.0.text: the value should be a valid string",
+        ),
+    ],
+)
+def test_the_message_is_of_the_shape_that_was_meant(client, path, body, message):
+    assert error_of(client.post(f"/v1/{path}", json=body))["message"] == message
+
+
 def test_embeddings_as_numbers_and_as_base64(client):
     body = {"model": "fake-1", "input": ["ab", "abc"]}
     answer = client.post("/v1/embeddings", json=body).json()

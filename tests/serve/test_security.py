@@ -41,6 +41,13 @@ def test_loopback_names_are_answered(connect, host):
         "127.0.0.1.evil.example",
         "192.168.1.5",
         "",
+        "127.0.0.1:8080@evil.example",
+        "localhost:8080@evil.example",
+        "localhost@evil.example",
+        "localhost:8080/",
+        "localhost:port",
+        "[::1]evil.example",
+        "[::1%evil]",
     ],
 )
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/static/app.js"])
@@ -69,6 +76,30 @@ def test_pages_of_others_may_not_even_ask(connect, model, origin):
     assert answer.json()["error"]["code"] == "origin_not_allowed"
     assert "access-control-allow-origin" not in answer.headers
     assert not model.prompts
+
+
+@pytest.mark.parametrize("origin", ["app://obsidian.md", "tauri://localhost", "https://app.example:8443"])
+def test_a_refused_origin_is_told_the_flag_that_lets_it_in(connect, origin):
+    refused = connect().post(CHAT, json=QUESTION, headers={"origin": origin}).json()["error"]["message"]
+    assert f"--allow-origin {origin} " in refused
+    answer = connect(allowed_origins=(origin,)).post(CHAT, json=QUESTION, headers={"origin": origin})
+    assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (200, origin)
+
+
+def test_the_origin_of_files_needs_a_key_since_every_page_can_send_it(connect):
+    refused = connect().get("/v1/models", headers={"origin": "null"}).json()["error"]["message"]
+    assert "--api-key-file FILE --allow-origin null" in refused
+    with pytest.raises(UserError, match="--api-key-file"):
+        ServerSettings(allowed_origins=("null",))
+    client = connect(allowed_origins=("null",), api_keys=("key",))
+    headers = {"origin": "null", "authorization": "Bearer key"}
+    assert client.get("/v1/models", headers=headers).headers["access-control-allow-origin"] == "null"
+
+
+def test_what_is_no_origin_gets_no_advice(connect):
+    answer = connect().get("/v1/models", headers={"origin": "https://a.example/page"})
+    assert answer.status_code == 403
+    assert "--allow-origin" not in answer.json()["error"]["message"]
 
 
 def test_the_own_page_may_ask(connect):
@@ -180,7 +211,8 @@ def test_every_origin_needs_a_key():
 
 
 @pytest.mark.parametrize(
-    "origin", ["app.example", "https://app.example/", "https://app.example/x", "ftp://a", "null"]
+    "origin",
+    ["app.example", "https://app.example/", "https://app.example/x", "https://", "https://a@b", "://a", ""],
 )
 def test_an_origin_is_scheme_and_host(origin):
     with pytest.raises(UserError, match="is not an origin"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
@@ -189,3 +190,19 @@ def test_an_error_before_the_first_event_is_an_http_error(running):
         response = client.post("/v1/chat/completions", json=body("x" * 3000, stream=True))
     assert response.status_code == 400
     assert response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_a_client_that_leaves_within_its_body_leaves_nothing_in_the_log(running, wait_until, caplog):
+    logger = logging.getLogger("uvicorn.error")
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(caplog.handler)
+    host, port = running.url.removeprefix("http://").split(":")
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    try:
+        with socket.create_connection((host, int(port))) as connection:
+            connection.sendall(f'{head}Content-Length: 1000\r\n\r\n{{"prompt":'.encode())
+            wait_until(lambda: running.server.server_state.tasks)
+        wait_until(lambda: not running.server.server_state.tasks)
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert not caplog.records

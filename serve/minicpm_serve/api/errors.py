@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from minicpm_edge.errors import UserError
 
@@ -77,5 +78,10 @@ def install(app: FastAPI) -> None:
     async def answer(_: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response()
 
+    async def hang_up(_: Request, error: Exception) -> Response:
+        # The client left before its request was complete: nobody hears an answer, and nothing is wrong here.
+        return Response(status_code=400)
+
+    app.add_exception_handler(ClientDisconnect, hang_up)
     for kind in (ApiError, UserError, HTTPException, Exception):
         app.add_exception_handler(kind, answer)

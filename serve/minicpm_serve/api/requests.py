@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from minicpm_edge.engines.sampling_params import LIMITS, MAX_STOP_LENGTH, SamplingParams
 from minicpm_serve.api.errors import ApiError
 
-MAX_MESSAGES, MAX_PARTS, MAX_INPUTS, MAX_STOP = 4096, 256, 64, 4
+MAX_MESSAGES, MAX_PARTS, MAX_INPUTS, MAX_STOP = 4096, 256, 2048, 4
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -203,8 +203,13 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
 
 
 def _first_problem(error: ValidationError) -> ApiError:
-    # Where several shapes are possible (prompt), pydantic lists each shape's complaint; the first field is what counts.
-    problem = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    # Where several shapes are possible (prompt), pydantic lists each shape's complaint. The first field is what counts,
+    # and there the shape that fits best: whose complaint is of an item, or of anything but the whole value's type.
+    problems = error.errors(include_url=False, include_context=False, include_input=False)
+    problem = max(
+        (problem for problem in problems if problem["loc"][:1] == problems[0]["loc"][:1]),
+        key=lambda problem: (len(problem["loc"]), not problem["type"].endswith("_type")),
+    )
     if problem["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {problem['msg'].removeprefix('Invalid JSON: ')}")
     param = ".".join(_path(problem["loc"]))
@@ -212,7 +217,7 @@ def _first_problem(error: ValidationError) -> ApiError:
         return ApiError(
             400, f"{param}: this parameter is required", param=param, code="missing_required_parameter"
         )
-    message = problem["msg"].removeprefix("Input ")
+    message = problem["msg"].removeprefix("Input ").removeprefix("List ").replace(" after validation", "")
     return ApiError(
         400, f"{param or 'the body'}: the value {message}", param=param or None, code="invalid_value"
     )

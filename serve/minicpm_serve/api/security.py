@@ -9,6 +9,7 @@ the answer but still lets the request in.
 from __future__ import annotations
 
 import hmac
+import re
 import socket
 from hashlib import sha256
 from ipaddress import ip_address
@@ -18,7 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minicpm_serve.api.errors import AUTHENTICATION, PERMISSION, ApiError
-from minicpm_serve.settings import ServerSettings, is_loopback
+from minicpm_serve.settings import ServerSettings, is_loopback, is_origin
 
 OPEN_PATHS = frozenset({"/", "/health", "/favicon.ico"})
 OPEN_FOLDER = "/static/"
@@ -31,6 +32,7 @@ SAFE_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 PREFLIGHT_SECONDS = "600"
+_HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/?#@\[\]]+)(:[0-9]*)?")
 
 
 class SecurityMiddleware:
@@ -66,12 +68,14 @@ class SecurityMiddleware:
         await self._app(scope, self._capped(receive), send)
 
     def _check_host(self, headers: Headers) -> None:
-        name = _without_port(headers.get("host", ""))
+        host = headers.get("host", "")
+        name = _without_port(host)
         if name in self._hosts or self._is_own_address(name):
             return
         raise ApiError(
             403,
-            f"this server does not answer to the name {name[:100]!r}; start it with --allow-host NAME to let it",
+            f"this server does not answer to the name {(name or host)[:100]!r}; "
+            "start it with --allow-host NAME to let it",
             kind=PERMISSION,
             code="host_not_allowed",
         )
@@ -91,12 +95,7 @@ class SecurityMiddleware:
             return None
         if origin in self._settings.allowed_origins or "*" in self._settings.allowed_origins:
             return origin
-        raise ApiError(
-            403,
-            f"pages of {origin[:100]} may not use this server; start it with --allow-origin {origin[:100]} to let them",
-            kind=PERMISSION,
-            code="origin_not_allowed",
-        )
+        raise ApiError(403, _why_not(origin[:100]), kind=PERMISSION, code="origin_not_allowed")
 
     def _check_key(self, path: str, headers: Headers) -> None:
         if not self._key_digests or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
@@ -171,10 +170,20 @@ def _host_names(settings: ServerSettings) -> frozenset[str]:
 
 
 def _without_port(host: str) -> str:
-    """``localhost:8080`` → ``localhost``, ``[::1]:8080`` → ``[::1]``."""
-    if host.startswith("["):
-        return host.partition("]")[0].lower() + "]"
-    return host.partition(":")[0].lower()
+    """``localhost:8080`` → ``localhost``, ``[::1]:8080`` → ``[::1]``; empty for what is no host and port."""
+    found = _HOST.fullmatch(host.lower())
+    return found[1] if found else ""
+
+
+def _why_not(origin: str) -> str:
+    if origin == "null":
+        return (
+            "pages opened from a file may not use this server, since any other page can send the same Origin, null; "
+            "start it with --api-key-file FILE --allow-origin null to let whoever has the key"
+        )
+    if not is_origin(origin):
+        return f"the Origin header {origin!r} is not an origin, as https://app.example is"
+    return f"pages of {origin} may not use this server; start it with --allow-origin {origin} to let them"
 
 
 def _same_site(origin: str, host: str) -> bool:
