@@ -27,6 +27,7 @@ ORDER = (
     "export",
     "serve",
     "chat",
+    "tunnel",
     "runs",
     "doctor",
 )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from minicpm_training.session import Session
 from minicpm_training.start import model_config, settled, starting_model
-from minicpm_training.study import run
+from minicpm_training.studies.run import run
 
 from minicpm_edge.errors import UserError
 from minicpm_edge.formats.checkpoint import load_checkpoint

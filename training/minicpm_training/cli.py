@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from minicpm_edge.cli.command import Command
 from minicpm_training.data.cli import DATA, TOKENIZER
 from minicpm_training.quickstart.cli import QUICKSTART
 
-__all__ = ["DATA", "DECAY", "EVAL", "QUICKSTART", "RUNS", "TOKENIZER", "TRAIN"]
+__all__ = ["DATA", "DECAY", "EVAL", "QUICKSTART", "RUNS", "TOKENIZER", "TRAIN", "TUNNEL"]
 
 
 def _add_set(parser: argparse.ArgumentParser) -> None:
@@ -127,7 +128,101 @@ def _eval(arguments: argparse.Namespace) -> int:
     return evaluate(arguments)
 
 
+def _add_tunnel(parser: argparse.ArgumentParser) -> None:
+    studies = parser.add_subparsers(dest="study", metavar="STUDY", required=True)
+    lr = _add_study(
+        studies, "lr", "the best learning rate over widths and depths, with and without muP's rules"
+    )
+    lr.add_argument(
+        "--depths", nargs="+", type=int, default=(), metavar="L", help="default: the recipe's own"
+    )
+    lr.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=(0.0025, 0.005, 0.01, 0.02, 0.04),
+        metavar="LR",
+        help="base learning rates (default: 0.0025 to 0.04, doubling)",
+    )
+    lr.add_argument(
+        "--rules",
+        nargs="+",
+        choices=("mup", "standard"),
+        default=("mup", "standard"),
+        help="width rules to compare (default: both)",
+    )
+    batch = _add_study(
+        studies, "batch", "the batch size that reaches a loss with the fewest tokens, and its law"
+    )
+    batch.add_argument(
+        "--batch-tokens", nargs="+", type=int, required=True, metavar="N", help="batch sizes; three at least"
+    )
+    scaling = _add_study(
+        studies, "scaling", "loss over parameters and tokens; predicts a larger size, then trains it"
+    )
+    scaling.add_argument(
+        "--held-out",
+        type=int,
+        required=True,
+        metavar="WIDTH",
+        help="the size to predict before it is trained",
+    )
+    scaling.add_argument(
+        "--lengths",
+        nargs="+",
+        type=float,
+        default=(10, 20, 30, 40, 50, 60),
+        metavar="X",
+        help="tokens per parameter (default: 10 to 60)",
+    )
+    scaling.add_argument(
+        "--compute",
+        type=float,
+        default=1e21,
+        metavar="FLOPS",
+        help="where to give the best ratio (%(default)g)",
+    )
+
+
+def _add_study(studies: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = studies.add_parser(name, help=summary, description=summary)
+    parser.add_argument(
+        "recipe", metavar="RECIPE", help="what every trial has in common: a TOML file, or tiny"
+    )
+    parser.add_argument(
+        "--widths",
+        nargs="+",
+        type=int,
+        required=True,
+        metavar="D",
+        help="model widths, multiples of the head dim",
+    )
+    _add_set(parser)
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="runs of every trial (%(default)s)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the study's folder (default: runs/tunnel-STUDY)"
+    )
+    parser.add_argument("--plan-only", action="store_true", help="list the trials and their cost, and stop")
+    parser.add_argument(
+        "--trial", type=int, metavar="I", help="train this one only, as another machine's share"
+    )
+    _add_json(parser, "the plan")
+    return parser
+
+
+def _tunnel(arguments: argparse.Namespace) -> int:
+    from minicpm_training.commands.tunnel import tunnel
+
+    return tunnel(arguments)
+
+
 TRAIN = Command(help="train a model from a recipe, or resume a run", add_arguments=_add_train, run=_train)
 DECAY = Command(help="branch a release off a trunk", add_arguments=_add_decay, run=_decay)
 RUNS = Command(help="list runs and their decays", add_arguments=_add_runs, run=_runs)
 EVAL = Command(help="bits per byte and perplexity on tokenized datasets", add_arguments=_add_eval, run=_eval)
+TUNNEL = Command(
+    help="wind tunnel: studies of learning rate, batch size and scaling",
+    add_arguments=_add_tunnel,
+    run=_tunnel,
+)

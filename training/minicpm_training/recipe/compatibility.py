@@ -5,7 +5,9 @@ Each key says so itself, where it stands (:class:`minicpm_training.recipe.sectio
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -44,8 +46,23 @@ def changes(one: Recipe, other: Recipe, *, allowed: set[Effect]) -> Iterator[tup
     effects = dict(effects_of(Recipe))
     before, after = dict(_leaves(one)), dict(_leaves(other))
     for key in {**before, **after}:
-        if before.get(key) != after.get(key) and effects[key] not in allowed:
+        if before.get(key) != after.get(key) and _effect(key, effects) not in allowed:
             yield key, before.get(key), after.get(key)
+
+
+def recipe_key(recipe: Recipe, *, ignore: set[Effect]) -> str:
+    """A short hash of all that distinguishes a recipe but the keys of the effects to ``ignore``."""
+    effects = dict(effects_of(Recipe))
+    leaves = {key: value for key, value in _leaves(recipe) if _effect(key, effects) not in ignore}
+    text = json.dumps(leaves, sort_keys=True, default=lambda value: getattr(value, "path", str(value)))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _effect(key: str, effects: Mapping[str, Effect]) -> Effect:
+    """A key's effect, or that of the section it is in: an objective may have keys that the first one has not."""
+    while key not in effects:
+        key = key.rpartition(".")[0]
+    return effects[key]
 
 
 def effects_of(section: type[BaseModel], prefix: str = "", default: Effect | None = None) -> Iterator[Any]:

@@ -67,6 +67,25 @@ def parse_recipe(entries: Mapping[str, Any], *, origin: str) -> Recipe:
     return recipe
 
 
+def with_settings(recipe: Recipe, settings: Mapping[str, Any]) -> Recipe:
+    """The recipe with other values, by dotted key; None leaves a key to its default.
+
+    Raises:
+        UserError: for an unknown key and for a value out of range.
+    """
+    entries = recipe.model_dump(mode="json", exclude_none=True)
+    for key, value in settings.items():
+        *parents, last = key.split(".")
+        table = entries
+        for parent in parents:
+            table = table.setdefault(parent, {})
+        if value is None:
+            table.pop(last, None)
+        else:
+            table[last] = value
+    return parse_recipe(entries, origin=recipe.name or "recipe")
+
+
 def shipped_recipes() -> list[str]:
     """Names of the recipes inside the package."""
     folder = files("minicpm_training") / "recipes"
