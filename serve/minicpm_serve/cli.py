@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -90,11 +92,15 @@ def _serve(arguments: argparse.Namespace) -> None:
         model_name=arguments.model_name,
         max_waiting=arguments.max_waiting,
     )
-    with server.listen(settings) as listener, _load(arguments) as language_model:
+    with (
+        server.listen(settings) as listener,
+        _load(arguments) as language_model,
+        _watch(arguments, language_model) as problem,
+    ):
         address = server.url(settings, listener)
         name = settings.model_name or language_model.name
         announce = f"{name} is ready at {address} (API: {address}/v1; Ctrl-C stops)"
-        server.run(create_app(language_model, settings), listener, announce=announce)
+        server.run(create_app(language_model, settings), listener, announce=announce, problem=problem)
 
 
 def _chat(arguments: argparse.Namespace) -> None:
@@ -108,7 +114,7 @@ def _chat(arguments: argparse.Namespace) -> None:
     }
     params = SamplingParams.of(**given)
     terminal.prepare_streams()
-    with _load(arguments) as language_model:
+    with _load(arguments) as language_model, _watch(arguments, language_model):
         conversation = terminal.Conversation(model=language_model, params=params, system=arguments.system)
         if arguments.prompt is None:
             terminal.chat_loop(conversation)
@@ -120,6 +126,21 @@ def _load(arguments: argparse.Namespace) -> LanguageModel:
     from minicpm_edge.load import load
 
     return load(arguments.model, context_length=arguments.context_length, threads=arguments.threads)
+
+
+@contextmanager
+def _watch(
+    arguments: argparse.Namespace, language_model: LanguageModel
+) -> Iterator[Callable[[], str | None]]:
+    """A function that tells why the loaded model can no longer be used, None while it can."""
+    if language_model.backend != "llama_cpp":
+        yield lambda: None
+        return
+    from minicpm_edge.formats.resolve import resolve_model
+    from minicpm_serve.mapped_file import MappedFile
+
+    with MappedFile(resolve_model(arguments.model, demo=True).path).guarded() as mapped:
+        yield mapped.problem
 
 
 SERVE = Command(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import signal
 import socket
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -14,6 +15,8 @@ from minicpm_edge.errors import UserError
 from minicpm_serve.settings import ServerSettings
 
 SECONDS_TO_FINISH = 2
+# uvicorn's ticks, ten a second.
+TICKS_TO_CHECK = 10
 
 
 def listen(settings: ServerSettings) -> socket.socket:
@@ -52,31 +55,47 @@ def url(settings: ServerSettings, listener: socket.socket) -> str:
     return f"http://{shown}:{listener.getsockname()[1]}"
 
 
-def run(app: FastAPI, listener: socket.socket, *, announce: str) -> None:
+def run(
+    app: FastAPI, listener: socket.socket, *, announce: str, problem: Callable[[], str | None] = lambda: None
+) -> None:
     """Serve until SIGINT or SIGTERM; prints ``announce`` once requests are answered.
 
     Raises:
         KeyboardInterrupt: after the orderly end that Ctrl-C asks for.
+        UserError: when ``problem``, asked once a second, tells why the server cannot go on.
     """
     config = uvicorn.Config(
         app, log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_FINISH, ws="none"
     )
-    server = _Server(config, app, announce)
+    server = _Server(config, app, announce, problem)
     server.run(sockets=[listener])
+    if server.problem is not None:
+        raise UserError(server.problem)
     # Whether uvicorn itself passes the interrupt on depends on its version.
     if server.interrupted:
         raise KeyboardInterrupt
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, app: FastAPI, announce: str) -> None:
+    def __init__(
+        self, config: uvicorn.Config, app: FastAPI, announce: str, find_problem: Callable[[], str | None]
+    ) -> None:
         super().__init__(config)
-        self._app, self._announce = app, announce
+        self._app, self._announce, self._find_problem = app, announce, find_problem
         self.interrupted = False
+        self.problem: str | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         print(self._announce, flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % TICKS_TO_CHECK == 0:
+            self.problem = self._find_problem()
+        if self.problem is not None:
+            self._app.state.request_queue.stop()
+            return True
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         # uvicorn waits for answers to end; a long one would keep Ctrl-C waiting, so they are ended too.
