@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from minicpm_edge.errors import UserError
+from minicpm_serve.connection import Connection
 from minicpm_serve.settings import ServerSettings
 
 SECONDS_TO_FINISH = 2
@@ -65,7 +66,12 @@ def run(
         UserError: when ``problem``, asked once a second, tells why the server cannot go on.
     """
     config = uvicorn.Config(
-        app, log_level="warning", server_header=False, timeout_graceful_shutdown=SECONDS_TO_FINISH, ws="none"
+        app,
+        http=Connection,
+        log_level="warning",
+        server_header=False,
+        timeout_graceful_shutdown=SECONDS_TO_FINISH,
+        ws="none",
     )
     server = _Server(config, app, announce, problem)
     server.run(sockets=[listener])

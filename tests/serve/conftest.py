@@ -12,6 +12,7 @@ import httpx
 import pytest
 import uvicorn
 from minicpm_serve.app import create_app
+from minicpm_serve.connection import Connection
 from minicpm_serve.settings import ServerSettings
 
 from minicpm_edge.engines.base import Cancelled
@@ -152,7 +153,9 @@ class Running:
 def run_server(model: FakeModel, **settings) -> Iterator[Running]:
     """uvicorn on a free loopback port, in a thread."""
     app = create_app(model, ServerSettings(**settings))
-    config = uvicorn.Config(app, port=0, log_level="critical", timeout_graceful_shutdown=2, ws="none")
+    config = uvicorn.Config(
+        app, http=Connection, port=0, log_level="critical", timeout_graceful_shutdown=2, ws="none"
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -206,3 +206,22 @@ def test_a_client_that_leaves_within_its_body_leaves_nothing_in_the_log(running,
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
+
+
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"", HEAD, HEAD + b'Content-Length: 1000\r\n\r\n{"prompt":'])
+def test_a_connection_without_a_whole_request_is_closed(running, monkeypatch, sent):
+    monkeypatch.setattr("minicpm_serve.connection.REQUEST_SECONDS", 0.2)
+    host, port = running.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(sent)
+        assert connection.recv(1) == b""
+
+
+def test_an_answer_may_take_longer_than_a_request(start, make_model, monkeypatch):
+    monkeypatch.setattr("minicpm_serve.connection.REQUEST_SECONDS", 0.2)
+    with start(make_model(seconds_to_read=0.8)).client() as client:
+        assert text_of(stream(client, "hi")) == "You said: hi"
+        assert text_of(stream(client, "again")) == "You said: again"
