@@ -259,9 +259,9 @@ def tune(shape: Shape) -> Iterator[list[Row]]:
     def tiles(q: int, k: int, warps: int, stages: int, registers: int | None = None) -> Tiles:
         return Tiles(block_q=q, block_k=k, num_warps=warps, num_stages=stages, max_registers=registers)
 
-    def gluon(attenders: int, stages: int, registers: int, overlap: bool) -> attention_gluon_fwd.GluonTiles:
+    def gluon(consumers: int, stages: int, registers: int, overlap: bool) -> attention_gluon_fwd.GluonTiles:
         return attention_gluon_fwd.GluonTiles(
-            attenders=attenders, stages=stages, registers=registers, overlap=overlap
+            consumers=consumers, stages=stages, registers=registers, overlap=overlap
         )
 
     forward, backward = attention_triton_fwd, attention_triton_bwd

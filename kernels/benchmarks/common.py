@@ -178,7 +178,7 @@ def environment() -> dict[str, Any]:
         result |= {
             "device": properties.name,
             "device_memory_gib": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
+            "SMs": properties.multi_processor_count,
             "driver": _answer("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     else:

@@ -73,7 +73,7 @@ def cells(name: str, used: Resources) -> tuple[str | int, ...]:
         used.stack,
         used.shared_memory,
         used.threads,
-        used.blocks_per_multiprocessor,
+        used.blocks_per_sm,
         f"{used.occupancy:.0%}",
         used.hgmma,
         used.hmma,

@@ -47,15 +47,17 @@ def choose_backend_for_device(device_type: str, op: str) -> Backend:
     override = os.environ.get(OVERRIDE_VARIABLE, "")
     if override == "reference":
         return Backend(name="reference", reason=f"{op}: {OVERRIDE_VARIABLE}=reference asks for plain torch")
-    obstacle = _obstacle_to_triton(device_type)
+    unsupported_reason = _triton_unsupported_reason(device_type)
     if override == "triton":
-        if obstacle:
-            raise RuntimeError(f"{op}: {OVERRIDE_VARIABLE}=triton, but {obstacle}; unset {OVERRIDE_VARIABLE}")
+        if unsupported_reason:
+            raise RuntimeError(
+                f"{op}: {OVERRIDE_VARIABLE}=triton, but {unsupported_reason}; unset {OVERRIDE_VARIABLE}"
+            )
         return Backend(name="triton", reason=f"{op}: {OVERRIDE_VARIABLE}=triton asks for the Triton kernel")
     if override:
         raise ValueError(f"{OVERRIDE_VARIABLE}={override!r} is not a backend; use triton or reference")
-    if obstacle:
-        return Backend(name="reference", reason=f"{op}: plain torch, because {obstacle}")
+    if unsupported_reason:
+        return Backend(name="reference", reason=f"{op}: plain torch, because {unsupported_reason}")
     if device_type != "cuda":
         # Only reachable in the interpreter, which is for tests: it is thousands of times slower than plain
         # torch.
@@ -73,7 +75,7 @@ def interpreter_enabled() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "y", "yes")
 
 
-def obstacle_to_large_tiles(device: "torch.device") -> str:
+def unsupported_reason_to_large_tiles(device: "torch.device") -> str:
     """Why a kernel with large tiles cannot run on a CUDA device, as a clause; empty when it can."""
     import torch
 
@@ -92,7 +94,7 @@ def autocasts(tensor: "torch.Tensor") -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)  # to ask for meta is an error
 
 
-def _obstacle_to_triton(device_type: str) -> str:
+def _triton_unsupported_reason(device_type: str) -> str:
     """Why Triton cannot run on this device, as a clause; empty when it can."""
     # The device is asked first: on a CPU, the common case outside training, no import machinery is touched.
     if device_type != "cuda" and not interpreter_enabled():

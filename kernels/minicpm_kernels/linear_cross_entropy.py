@@ -1,11 +1,11 @@
 """Output projection and cross-entropy in one op: loss and both gradients, the logits never held.
 
-The logits of a chunk of tokens come from a library matrix product, are turned into their own gradient in place, and
-two more products carry that to the hidden states and the weight before the next chunk takes the same memory. The
+The logits of a chunk of tokens come from a library matmul, are turned into their own gradient in place, and
+two more matmuls carry that to the hidden states and the weight before the next chunk takes the same memory. The
 gradients are therefore ready when the forward ends; the backward only scales them. With 16,384 tokens and MiniCPM's
 122,753 entries the logits held at any time are 1 GB instead of 4 GB in bf16 beside 8 GB in fp32.
 
-Legend: N tokens, C tokens of a chunk, R rows of a block, D model, V vocabulary.
+Legend: N tokens, M tokens of a chunk, R rows of a block, D model, V vocabulary.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from minicpm_kernels.backend import choose_backend
 
-# Few large chunks keep the matrix products efficient: on a GPU 4096 tokens fill the card.
+# Few large chunks keep the matmuls efficient: on a GPU 4096 tokens fill the card.
 _CHUNK_TOKENS_GPU = 4096
 # On a CPU 1024 tokens do, and twice as many where the vocabulary is small: every chunk, and every block below, costs
 # meetings of all threads, which are slow where other programs want the cores too.
@@ -63,7 +63,7 @@ def linear_cross_entropy(
         logit_scale: factor on the logits (MiniCPM: dim_model_base / hidden_size), positive.
         z_loss: weight of log(Z)² (PaLM, section 5), 0 for none.
 
-    Products run in autocast's dtype where autocast is on, else in that of the inputs; the softmax in float32.
+    Matmuls run in autocast's dtype where autocast is on, else in that of the inputs; the softmax in float32.
     Without gradients (`torch.no_grad`, or neither input asks) only the loss is computed. On a GPU a target that
     is no token makes the loss NaN; on a CPU it raises.
 
@@ -253,7 +253,7 @@ def _by_chunks(
     row_stride = (
         -(-vocabulary // _VOCABULARY_MULTIPLE) * _VOCABULARY_MULTIPLE if task.use_triton else vocabulary
     )
-    buffer_CV = hidden_ND.new_empty(chunk, row_stride)[:, :vocabulary]
+    buffer_MV = hidden_ND.new_empty(chunk, row_stride)[:, :vocabulary]
     sums = hidden_ND.new_zeros(2, dtype=torch.float32)
     d_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if task.hidden_needs_grad else (0,))
     d_weight_VD = weight_VD.new_empty(
@@ -262,32 +262,32 @@ def _by_chunks(
     if not num_tokens:
         d_weight_VD.zero_()
     for start in range(0, num_tokens, chunk):
-        hidden_CD = hidden_ND[start : start + chunk]
-        targets_C = targets_N[start : start + chunk]
-        logits_CV = buffer_CV[: hidden_CD.shape[0]]
-        torch.mm(hidden_CD, weight_VD.t(), out=logits_CV)
+        hidden_MD = hidden_ND[start : start + chunk]
+        targets_M = targets_N[start : start + chunk]
+        logits_MV = buffer_MV[: hidden_MD.shape[0]]
+        torch.mm(hidden_MD, weight_VD.t(), out=logits_MV)
         if task.use_triton:
             sums += gradient_in_place(
-                logits_CV, targets_C, task.logit_scale, task.z_loss, task.ignore_index, needs_grad
+                logits_MV, targets_M, task.logit_scale, task.z_loss, task.ignore_index, needs_grad
             )
         else:
-            sums += _gradient_in_place_torch(logits_CV, targets_C, task.logit_scale, task.z_loss, needs_grad)
+            sums += _gradient_in_place_torch(logits_MV, targets_M, task.logit_scale, task.z_loss, needs_grad)
         if task.hidden_needs_grad:
-            torch.mm(logits_CV, weight_VD, out=d_hidden_ND[start : start + chunk])
+            torch.mm(logits_MV, weight_VD, out=d_hidden_ND[start : start + chunk])
         if task.weight_needs_grad:
-            _add_product(d_weight_VD, logits_CV.t(), hidden_CD, first=start == 0)
+            _add_product(d_weight_VD, logits_MV.t(), hidden_MD, first=start == 0)
     return sums, d_hidden_ND, d_weight_VD
 
 
 def _gradient_in_place_torch(
-    logits_CV: Tensor, targets_C: Tensor, logit_scale: float, z_loss: float, needs_grad: bool
+    logits_MV: Tensor, targets_M: Tensor, logit_scale: float, z_loss: float, needs_grad: bool
 ) -> Tensor:
     """Turn unscaled logits into the gradient with respect to them; returns the sums of loss and z-loss, (2,)."""
-    num_rows = max(8, _BLOCK_ELEMENTS // logits_CV.shape[1])
+    num_rows = max(8, _BLOCK_ELEMENTS // logits_MV.shape[1])
     losses, z_losses = [], []
-    for start in range(0, logits_CV.shape[0], num_rows):
-        rows_RV = logits_CV[start : start + num_rows]
-        targets_R1 = targets_C[start : start + num_rows, None]
+    for start in range(0, logits_MV.shape[0], num_rows):
+        rows_RV = logits_MV[start : start + num_rows]
+        targets_R1 = targets_M[start : start + num_rows, None]
         work_RV = rows_RV.float()  # the rows themselves where they are float32 already
         if logit_scale != 1.0:
             work_RV.mul_(logit_scale)
@@ -310,14 +310,14 @@ def _gradient_in_place_torch(
     return torch.stack([torch.stack(losses).sum(), z_loss * torch.stack(z_losses).sum()])
 
 
-def _add_product(sum_VD: Tensor, left_VC: Tensor, right_CD: Tensor, *, first: bool) -> None:
+def _add_product(sum_VD: Tensor, left_VM: Tensor, right_MD: Tensor, *, first: bool) -> None:
     """sum += left · right (the first time: =), with `sum` in float32 whatever the factors are."""
-    if left_VC.dtype == torch.float32:
-        sum_VD.addmm_(left_VC, right_CD, beta=0.0 if first else 1.0)
+    if left_VM.dtype == torch.float32:
+        sum_VD.addmm_(left_VM, right_MD, beta=0.0 if first else 1.0)
     elif sum_VD.is_cuda:
         beta = 0.0 if first else 1.0
-        torch.addmm(sum_VD, left_VC, right_CD, out_dtype=torch.float32, beta=beta, out=sum_VD)
+        torch.addmm(sum_VD, left_VM, right_MD, out_dtype=torch.float32, beta=beta, out=sum_VD)
     elif first:
-        sum_VD.copy_(left_VC @ right_CD)
+        sum_VD.copy_(left_VM @ right_MD)
     else:
-        sum_VD.add_(left_VC @ right_CD)
+        sum_VD.add_(left_VM @ right_MD)

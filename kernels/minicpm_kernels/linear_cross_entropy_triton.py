@@ -2,11 +2,11 @@
 # ruff: noqa: ANN001, ANN201
 """Triton kernel that turns a chunk of logits into its own gradient, and the loss of each row.
 
-One program owns one row and passes over it twice: maximum and sum, then the gradient. A program is as large as a
-multiprocessor takes (1024 threads), so that only one row a multiprocessor is under way: 132 rows of 122,753 bf16 are
-32 MB and the second pass finds them in the 50 MB of L2. Smaller programs would have four times the rows under way.
+One CTA owns one row and passes over it twice: maximum and sum, then the gradient. A CTA is as large as an
+SM takes (1024 threads), so that only one row an SM is under way: 132 rows of 122,753 bf16 are
+32 MB and the second pass finds them in the 50 MB of L2. Smaller CTAs would have four times the rows under way.
 
-Legend: C tokens of a chunk, V vocabulary.
+Legend: M tokens of a chunk, V vocabulary.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def linear_cross_entropy_kernel(
 
 
 def gradient_in_place(
-    logits_CV: Tensor,
-    targets_C: Tensor,
+    logits_MV: Tensor,
+    targets_M: Tensor,
     logit_scale: float,
     z_loss: float,
     ignore_index: int,
@@ -95,25 +95,25 @@ def gradient_in_place(
     Rows may be longer in memory than V (the stride says how long), and what lies behind V is overwritten. Without
     `needs_grad` the logits are only read.
     """
-    num_rows, vocabulary = logits_CV.shape
-    losses_2C = logits_CV.new_empty(2, num_rows, dtype=torch.float32)
+    num_rows, vocabulary = logits_MV.shape
+    losses_2M = logits_MV.new_empty(2, num_rows, dtype=torch.float32)
     block = min(MAX_BLOCK, max(256, triton.next_power_of_2(vocabulary)))
     linear_cross_entropy_kernel[(num_rows,)](
-        logits_CV,
-        targets_C,
-        losses_2C[0],
-        losses_2C[1],
+        logits_MV,
+        targets_M,
+        losses_2M[0],
+        losses_2M[1],
         vocabulary,
-        logits_CV.stride(0),
+        logits_MV.stride(0),
         logit_scale,
         z_loss,
         ignore_index,
         BLOCK=block,
-        VECTOR=16 // logits_CV.element_size(),
+        VECTOR=16 // logits_MV.element_size(),
         NEEDS_GRAD=needs_grad,
         num_warps=num_warps_for(block),
     )
-    return losses_2C.sum(1)
+    return losses_2M.sum(1)
 
 
 def num_warps_for(block: int) -> int:

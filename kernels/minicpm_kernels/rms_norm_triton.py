@@ -2,8 +2,8 @@
 # ruff: noqa: ANN001, ANN201
 """Triton kernels of RMSNorm, plain and with the residual add before it: every tensor is read or written once.
 
-The backward runs a fixed number of programs, each over its share of the rows, so that the weight's gradient is summed
-in registers and then over programs: no atomics, the same bits every time.
+The backward runs a fixed number of CTAs, each over its share of the rows, so that the weight's gradient is summed
+in registers and then over CTAs: no atomics, the same bits every time.
 
 Legend: N rows, D model.
 """
@@ -17,10 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_TILE = 4096  # elements of a program's tile: a long row, or several short ones
+_TILE = 4096  # elements of a CTA's tile: a long row, or several short ones
 NUM_WARPS_FWD = 4
 NUM_WARPS_BWD = 8
-_PROGRAMS_OF_MULTIPROCESSOR = 2  # of the backward: what its registers allow
+_CTAS_PER_SM = 2  # of the backward: what its registers allow
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def rms_norm_fwd_kernel(
     columns = tl.arange(0, BLOCK)
     offsets = rows[:, None] * width + columns[None, :]
     mask = (rows < num_rows)[:, None] & (columns < width)[None, :]
-    # Rows pass once: marking them first to go keeps the weight, which every program reads, in the cache.
+    # Rows pass once: marking them first to go keeps the weight, which every CTA reads, in the cache.
     b_x = tl.load(p_x + offsets, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
     if RESIDUAL:
         b_branch = tl.load(p_branch + offsets, mask=mask, other=0.0, eviction_policy="evict_first")
@@ -226,9 +226,7 @@ def _backward(
     width = x.shape[-1]
     num_rows = x.shape[:-1].numel()
     rows, block = tile_shape(width)
-    num_programs = min(
-        triton.cdiv(num_rows, rows), _num_multiprocessors(x.device) * _PROGRAMS_OF_MULTIPROCESSOR
-    )
+    num_programs = min(triton.cdiv(num_rows, rows), _num_sms(x.device) * _CTAS_PER_SM)
     d_weight_PD = x.new_empty(num_programs, width, dtype=torch.float32)
     if x.numel():
         with torch.cuda.device_of(x):
@@ -258,7 +256,7 @@ def tile_shape(width: int) -> tuple[int, int]:
 
 
 @functools.cache
-def _num_multiprocessors(device: torch.device) -> int:
+def _num_sms(device: torch.device) -> int:
     if device.type != "cuda":
-        return 2  # interpreted: enough to have several programs share the rows
+        return 2  # interpreted: enough to have several CTAs share the rows
     return torch.cuda.get_device_properties(device).multi_processor_count

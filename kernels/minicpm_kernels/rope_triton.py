@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: ANN001, ANN201
-"""Triton kernel of the rotary embedding: one program turns 32 heads of one token.
+"""Triton kernel of the rotary embedding: one CTA turns 32 heads of one token.
 
-The token's cosines and sines are loaded once for the program's heads, so memory traffic is x in and x out.
+The token's cosines and sines are loaded once for the CTA's heads, so memory traffic is x in and x out.
 
 Legend: N tokens, H heads, C head dim, C2 half of it.
 """

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_COLUMNS = 1024  # columns of a program: two 16-byte loads of bf16 a thread
+BLOCK_COLUMNS = 1024  # columns of a CTA: two 16-byte loads of bf16 a thread
 NUM_WARPS = 4
 
 

@@ -41,7 +41,7 @@ def triton_kernels(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Ite
         from ptx_emulator import driver
 
         # As on a card: nothing stands between a tensor and the kernels.
-        monkeypatch.setattr(backend, "_obstacle_to_triton", lambda device_type: "")
+        monkeypatch.setattr(backend, "_triton_unsupported_reason", lambda device_type: "")
         with driver.use(driver.mode_from_environment()):
             yield
         return

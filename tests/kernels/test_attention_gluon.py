@@ -14,7 +14,7 @@ from torch.nn import functional as F
 pytest.importorskip("triton")
 from minicpm_kernels.attention import gluon as attention_gluon
 from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
-from minicpm_kernels.attention.gluon import gluon_obstacle
+from minicpm_kernels.attention.gluon import gluon_unsupported_reason
 from minicpm_kernels.attention.gluon_fwd import attention_gluon_forward
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
@@ -27,14 +27,14 @@ UNUSABLE_CU_SEQLENS = [[150, 300], [0, 192, 250, 10, 300], [0, 2**31 - 1], [-(2*
 @pytest.fixture
 def runnable(device: torch.device) -> None:
     """Skip where no Hopper card runs the kernel, nor the emulator."""
-    if obstacle := gluon_obstacle(64, torch.bfloat16, device):
-        pytest.skip(obstacle)
+    if unsupported_reason := gluon_unsupported_reason(64, torch.bfloat16, device):
+        pytest.skip(unsupported_reason)
 
 
 @pytest.fixture(params=[2, 200], ids=lambda programs: f"{programs} programs")
 def programs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few programs take many tiles each, many take one at most."""
-    monkeypatch.setattr(attention_gluon_fwd, "_num_multiprocessors", lambda device: request.param)
+    monkeypatch.setattr(attention_gluon_fwd, "_num_sms", lambda device: request.param)
 
 
 def _inputs(
@@ -148,26 +148,26 @@ def test_heads_in_sections(
     ("head_dim", "dtype", "clause"),
     [(32, torch.bfloat16, "head dims 64 and 128, not 32"), (64, torch.float32, "float16, not torch.float32")],
 )
-def test_obstacles(
+def test_unsupported_reasons(
     head_dim: int, dtype: torch.dtype, clause: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
-        pytest.skip("every obstacle is the card's here")
+        pytest.skip("every unsupported_reason is the card's here")
     monkeypatch.setattr(attention_gluon, "interpreter_enabled", lambda: False)
-    assert gluon_obstacle(64, torch.bfloat16, device) == ""
-    assert clause in gluon_obstacle(head_dim, dtype, device)
+    assert gluon_unsupported_reason(64, torch.bfloat16, device) == ""
+    assert clause in gluon_unsupported_reason(head_dim, dtype, device)
 
 
 def test_missing_parts_of_gluon_are_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_gluon, "interpreter_enabled", lambda: False)
     monkeypatch.delattr(attention_gluon.tma, "store_wait")
-    assert gluon_obstacle(64, torch.bfloat16, device).endswith(
+    assert gluon_unsupported_reason(64, torch.bfloat16, device).endswith(
         "has no triton.experimental.gluon.language.nvidia.hopper.tma.store_wait"
     )
 
 
-def test_interpreter_is_an_obstacle(device: torch.device) -> None:
-    assert ("interpreter" in gluon_obstacle(64, torch.bfloat16, device)) == interpreter_enabled()
+def test_interpreter_is_an_unsupported_reason(device: torch.device) -> None:
+    assert ("interpreter" in gluon_unsupported_reason(64, torch.bfloat16, device)) == interpreter_enabled()
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ for case in gluon_forward_cases():
 @pytest.mark.slow
 def test_softmax_runs_beside_products(run_where_triton_compiles: Callable[[str], str]) -> None:
     """Between the waits for the scores and for the product with the values stand the search for the maximum (head dim
-    64) and most exponentials (128), in the two loops of every attender: the assembler may move waits, and once
+    64) and most exponentials (128), in the two loops of every consumer: the assembler may move waits, and once
     did."""
     counts = run_where_triton_compiles("""
 import re

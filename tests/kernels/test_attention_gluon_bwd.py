@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from minicpm_kernels import attention
 from minicpm_kernels.attention import gluon_bwd as attention_gluon_bwd
 from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
-from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_backward_unsupported_reason
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
 
@@ -29,8 +29,8 @@ UNUSABLE_CU_SEQLENS = [[150, 300], [0, 192, 250, 10, 300], [0, 2**31 - 1], [-(2*
 @pytest.fixture
 def runnable(device: torch.device) -> None:
     """Skip where no Hopper card runs the kernel, nor the emulator."""
-    if obstacle := gluon_backward_obstacle(64, torch.bfloat16, device):
-        pytest.skip(obstacle)
+    if unsupported_reason := gluon_backward_unsupported_reason(64, torch.bfloat16, device):
+        pytest.skip(unsupported_reason)
 
 
 class Problem:
@@ -204,10 +204,12 @@ def test_no_tokens(device: torch.device) -> None:
 def test_missing_part_of_gluon_is_named(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     from triton._C.libtriton import gluon_ir
 
-    monkeypatch.setattr(attention_gluon_bwd, "gluon_obstacle", lambda *arguments: "")
-    assert gluon_backward_obstacle(64, torch.bfloat16, device) == ""
+    monkeypatch.setattr(attention_gluon_bwd, "gluon_unsupported_reason", lambda *arguments: "")
+    assert gluon_backward_unsupported_reason(64, torch.bfloat16, device) == ""
     monkeypatch.setattr(gluon_ir, "GluonOpBuilder", object)
-    assert gluon_backward_obstacle(64, torch.bfloat16, device).endswith("has no create_async_tma_reduce")
+    assert gluon_backward_unsupported_reason(64, torch.bfloat16, device).endswith(
+        "has no create_async_tma_reduce"
+    )
 
 
 @pytest.mark.slow

@@ -33,8 +33,8 @@ def test_order_and_tiles(
     plan = make_plan(experts, num_experts, tile_rows)
     flat = experts.flatten().cpu()
     order = flat.argsort(stable=True)
-    assert torch.equal(plan.pair_S.cpu().long(), order)
-    assert torch.equal(plan.slot_NK.flatten().cpu().long(), order.argsort())
+    assert torch.equal(plan.pair_R.cpu().long(), order)
+    assert torch.equal(plan.slot_NA.flatten().cpu().long(), order.argsort())
     counts = torch.bincount(flat, minlength=num_experts)
     ends = counts.cumsum(0)
     assert plan.start_E1.tolist() == [0, *ends.tolist()]
@@ -58,7 +58,7 @@ def test_combine(width, weighted, device, triton_kernels, poisoned_memory):
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(63, width, generator=generator).to(device)
     weights = torch.rand(21, 3, generator=generator).to(device)
-    expected = rows[plan.slot_NK.long()] * (weights[..., None] if weighted else 1)
+    expected = rows[plan.slot_NA.long()] * (weights[..., None] if weighted else 1)
     torch.testing.assert_close(combine(rows, plan, weights if weighted else None), expected.sum(1))
 
 
@@ -68,7 +68,7 @@ def test_an_id_between_the_experts_and_the_next_power_of_two_gets_no_slot(
     from minicpm_kernels.moe.triton_permute import make_plan
 
     plan = make_plan(torch.tensor([[4, 5], [6, 7], [0, 5]], dtype=torch.int32, device=device), 5, 32)
-    assert plan.slot_NK.tolist() == [[1, -1], [-1, -1], [0, -1]]
+    assert plan.slot_NA.tolist() == [[1, -1], [-1, -1], [0, -1]]
     assert plan.start_E1.tolist() == [0, 1, 1, 1, 1, 2]
     assert plan.num_tiles_1.item() == 2
 
@@ -77,6 +77,6 @@ def test_an_id_out_of_range_gets_no_slot(device, triton_kernels, poisoned_memory
     from minicpm_kernels.moe.triton_permute import make_plan
 
     plan = make_plan(torch.tensor([[1, 9], [-1, 0], [1, 0]], dtype=torch.int32, device=device), 2, 32)
-    assert plan.slot_NK.tolist() == [[2, -1], [-1, 0], [3, 1]]
+    assert plan.slot_NA.tolist() == [[2, -1], [-1, 0], [3, 1]]
     assert plan.start_E1.tolist() == [0, 2, 4]
-    assert plan.pair_S[:4].tolist() == [3, 5, 0, 4]
+    assert plan.pair_R[:4].tolist() == [3, 5, 0, 4]

@@ -22,7 +22,7 @@ def differentiable(top_k):
 
     def run(logits):
         routing = moe_router(logits, top_k)
-        return routing.weights_NK, routing.load_balance_loss, routing.z_loss
+        return routing.weights_NA, routing.load_balance_loss, routing.z_loss
 
     return run
 
@@ -58,17 +58,17 @@ def test_chooses_the_largest_and_the_lower_of_equals(num_experts, top_k, device,
     logits = logits_of(150, num_experts, device).round(decimals=0)  # full of ties
     routing = moe_router(logits, top_k)
     expected = logits.cpu().sort(dim=-1, descending=True, stable=True).indices[:, :top_k]
-    assert routing.experts_NK.dtype == torch.int32
-    assert torch.equal(routing.experts_NK.cpu().long(), expected)
+    assert routing.experts_NA.dtype == torch.int32
+    assert torch.equal(routing.experts_NA.cpu().long(), expected)
 
 
 def test_minus_zero_infinity_and_a_forbidden_expert(device, backend, poisoned_memory):
     infinity = float("inf")
     logits = torch.tensor([[-0.0, 0.0, -1.0], [-infinity, 3.0, -infinity]], device=device)
     routing = moe_router(logits, 2)
-    assert routing.experts_NK.tolist() == [[0, 1], [1, 0]]
+    assert routing.experts_NA.tolist() == [[0, 1], [1, 0]]
     torch.testing.assert_close(
-        routing.weights_NK, torch.tensor([[0.5, 0.5], [1.0, 0.0]], device=device), rtol=0, atol=0
+        routing.weights_NA, torch.tensor([[0.5, 0.5], [1.0, 0.0]], device=device), rtol=0, atol=0
     )
 
 

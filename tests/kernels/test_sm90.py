@@ -89,17 +89,17 @@ def test_broken_limits_are_named(used, problem):
 @pytest.mark.parametrize(
     ("used", "blocks", "occupancy"),
     [
-        ({}, 16, 1.0),  # threads: 2048 of a multiprocessor
+        ({}, 16, 1.0),  # threads: 2048 of an SM
         ({"registers": 221}, 2, 0.125),  # registers: 224 x 128 after rounding up
         ({"registers": 255, "threads": 256}, 1, 0.125),
         ({"shared_memory": 66_560}, 3, 0.1875),
-        ({"threads": 32}, 32, 0.5),  # blocks: 32 of a multiprocessor
+        ({"threads": 32}, 32, 0.5),  # blocks: 32 of an SM
     ],
     ids=str,
 )
 def test_occupancy(used, blocks, occupancy):
     resources = Resources(**IDLE | used)
-    assert resources.blocks_per_multiprocessor == blocks
+    assert resources.blocks_per_sm == blocks
     assert resources.occupancy == occupancy
 
 

@@ -17,16 +17,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from minicpm_kernels.backend import GLUON_VARIABLE, interpreter_enabled
 
 LOG2_E = 1.4426950408889634
-# Rows of an attender: those of one warpgroup's product.
+# Rows of a consumer: those of one warpgroup's matmul.
 ROWS = gl.constexpr(64)
 # Of queries, keys, values and output in shared memory.
 TILE_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 # Waits for all warps of a partition. Triton 3.7 calls it by another name.
-meet: Any = getattr(gl, "thread_barrier", getattr(gl, "barrier", None))
+sync: Any = getattr(gl, "thread_barrier", getattr(gl, "barrier", None))
 
 
 @gluon.jit
-def release(barrier):
+def arrive(barrier):
     """Say that the partition is done with something: all of its warps are, not only the one that says so."""
     mbarrier.arrive(barrier, count=1)
 
@@ -40,7 +40,7 @@ def barriers(count: gl.constexpr, arrivals: gl.constexpr):
     return made
 
 
-def gluon_obstacle(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def gluon_unsupported_reason(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernel does not serve such tensors, as a clause; empty when it does."""
     if os.environ.get(GLUON_VARIABLE) == "0":
         return f"{GLUON_VARIABLE}=0 rules Gluon kernels out"
@@ -59,7 +59,7 @@ def gluon_obstacle(head_dim: int, dtype: torch.dtype, device: torch.device) -> s
 
 def _missing_from_gluon() -> str:
     """The first thing that the kernel uses and this Triton's Gluon, which is experimental, does not have."""
-    if meet is None:
+    if sync is None:
         return "barrier of a partition in Gluon"
     used = {
         gl: "warp_specialize allocate_shared_memory inline_asm_elementwise num_warps atomic_add",
@@ -74,9 +74,9 @@ def _missing_from_gluon() -> str:
     return ""
 
 
-def gluon_descriptor(x_NHD: Tensor, rows: int) -> TensorDescriptor:
+def gluon_descriptor(x_NHC: Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of (N, H·D) in blocks of ``rows`` tokens of one head; rows outside N read as zero."""
-    num_tokens, heads, head_dim = x_NHD.shape
+    num_tokens, heads, head_dim = x_NHC.shape
     return TensorDescriptor(
-        x_NHD, [num_tokens, heads * head_dim], [x_NHD.stride(0), 1], [rows, head_dim], TILE_LAYOUT
+        x_NHC, [num_tokens, heads * head_dim], [x_NHC.stride(0), 1], [rows, head_dim], TILE_LAYOUT
     )

@@ -2,27 +2,27 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Attention backward for Hopper in Gluon: loads and arithmetic in warps of their own.
 
-The formulas are in attention_triton_bwd.py. A program takes a tile of 128 keys of one key head through the queries that
-see it, of all heads that the key head serves. A loader brings keys and values once, then queries and dO in blocks of
-64, all by TMA. Two attenders, a warpgroup of 64 keys each, hold dK and dV, and scores as keys by queries: P and dS so
-lie in registers as the left operands of dV and dK. A turn of their loop is a pair of blocks, so that the products of
-one block run beside the exponentials of the other, and the products of one attender beside the exponentials of the
+The formulas are in attention_triton_bwd.py. A CTA takes a tile of 128 keys of one key head through the queries that
+see it, of all heads that the key head serves. A producer brings keys and values once, then queries and dO in blocks of
+64, all by TMA. Two consumers, a warpgroup of 64 keys each, hold dK and dV, and scores as keys by queries: P and dS so
+lie in registers as the left operands of dV and dK. An iteration of their loop is a pair of blocks, so that matmuls of
+one block run beside the exponentials of the other, and the matmuls of one consumer beside the exponentials of the
 other in any case.
 
-dQ needs the dS of both attenders, which they therefore lay in shared memory, where dS of the pair's first block is
-read by the first attender and that of the second by the second. Each makes its dQ at the start of the next turn, when
-the other has mostly caught up, and adds it to a float32 sum in memory by TMA. The order of these additions is not
+dQ needs the dS of both consumers, which they therefore lay in shared memory, where dS of the pair's first block is
+read by the first consumer and that of the second by the second. Each makes its dQ at the start of the next iteration,
+when the other has mostly caught up, and adds it to a float32 sum in memory by TMA. The order of these additions is not
 fixed. Where that is not wanted, or registers do not allow it (head dim 128), `attention_bwd_dq_kernel` makes dQ.
 
 | barrier | arrivals a phase | completes when |
 |---|---|---|
 | kv_full | 1 and the bytes | the tile's keys and values have landed |
 | full [stage] | 1 and the bytes | a block of queries, dO, log-sum-exp and delta has landed |
-| empty [stage] | 2 | both attenders have used it |
-| shared [attender] | 2 | both have written the dS that this attender makes dQ of |
-| taken [attender] | 1 | it has done so, and the memory may be written again |
+| empty [stage] | 2 | both consumers have used it |
+| shared [consumer] | 2 | both have written the dS that this consumer makes dQ of |
+| taken [consumer] | 1 | it has done so, and the memory may be written again |
 
-Legend: N tokens, H query heads, K key heads, D head dim, S tokens rounded up, R = H·S rows; b_x tiles in registers, s_x
+Legend: N tokens, H query heads, K key heads, C head dim, S tokens rounded up, R = H·S rows; b_x tiles in registers, s_x
 in shared memory, p_x pointers, t_x TMA descriptors.
 """
 
@@ -41,30 +41,30 @@ from triton.tools.tensor_descriptor import TensorDescriptor as TritonDescriptor
 from minicpm_kernels.attention.gluon import (
     LOG2_E,
     ROWS,
+    arrive,
     barriers,
     gluon_descriptor,
-    gluon_obstacle,
-    release,
+    gluon_unsupported_reason,
 )
 from minicpm_kernels.attention.schedule import attention_bounds, descriptor, heads_per_section, rows_of_heads
 from minicpm_kernels.attention.triton_bwd import row_stats, separate_dq
 
-ATTENDERS = gl.constexpr(2)
-BLOCK_K = int(ATTENDERS.value * ROWS.value)
+CONSUMERS = gl.constexpr(2)
+BLOCK_K = int(CONSUMERS.value * ROWS.value)
 STAGES = 4
-# Of a thread of an attender; the loader's warps keep 24.
+# Of a thread of a consumer; the producer's warps keep 24.
 REGISTERS = 240
 INTEGER_ARGUMENTS = ("num_tokens", "num_slots", "num_kv_heads", "num_tiles", "heads_per_section", "group")
 
 
-def gluon_backward_obstacle(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
+def gluon_backward_unsupported_reason(head_dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """Why the kernel does not serve such tensors, as a clause; empty when it does."""
     from triton._C.libtriton import gluon_ir
 
-    obstacle = gluon_obstacle(head_dim, dtype, device)
-    if not obstacle and not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
+    unsupported_reason = gluon_unsupported_reason(head_dim, dtype, device)
+    if not unsupported_reason and not hasattr(gluon_ir.GluonOpBuilder, "create_async_tma_reduce"):
         return f"Triton {triton.__version__} has no create_async_tma_reduce"
-    return obstacle
+    return unsupported_reason
 
 
 def adds_dq(head_dim: int, deterministic: bool) -> bool:
@@ -88,16 +88,16 @@ def _tma_add(t_sum, coordinates, s_tile, _semantic=None) -> None:
 @gluon.jit
 def _head_and_tile(num_heads, num_tiles, heads_per_section):
     """As `attention_schedule.head_and_tile`: first tiles of long documents have the most queries and start first."""
-    program = gl.program_id(0)
-    programs_per_section = num_tiles * heads_per_section
-    section = program // programs_per_section
+    cta = gl.program_id(0)
+    ctas_per_section = num_tiles * heads_per_section
+    section = cta // ctas_per_section
     heads_here = gl.minimum(heads_per_section, num_heads - section * heads_per_section)
-    within = program - section * programs_per_section
+    within = cta - section * ctas_per_section
     return section * heads_per_section + within % heads_here, within // heads_here
 
 
 @gluon.jit
-def _load_partition(
+def _producer_partition(
     t_q, t_k, t_v, t_d_out, t_lse_log2, t_delta, s_q, s_k, s_v, s_d_out, s_lse_log2, s_delta, kv_full, full, empty,
     first_key, kv_head, group, num_pairs,
 ):  # fmt: skip
@@ -105,8 +105,8 @@ def _load_partition(
     HEAD_DIM: gl.constexpr = s_q.shape[2]
     column = kv_head * HEAD_DIM
     landed = kv_full.index(0)
-    mbarrier.expect(landed, ATTENDERS * (t_k.block_type.nbytes + t_v.block_type.nbytes))
-    for i in gl.static_range(ATTENDERS):
+    mbarrier.expect(landed, CONSUMERS * (t_k.block_type.nbytes + t_v.block_type.nbytes))
+    for i in gl.static_range(CONSUMERS):
         tma.async_copy_global_to_shared(t_k, [first_key + i * ROWS, column], landed, s_k.index(i))
         tma.async_copy_global_to_shared(t_v, [first_key + i * ROWS, column], landed, s_v.index(i))
     position = 0
@@ -134,7 +134,7 @@ def _times_transposed(a, s_b, layout: gl.constexpr):
 
 @gluon.jit
 def _left(b_tile, like):
-    """A tile of 64 keys and 64 queries, as it lies, as the left operand of a product."""
+    """A tile of 64 keys and 64 queries, as it lies, as the left operand of a matmul."""
     layout: gl.constexpr = gl.DotOperandLayout(0, like.type.layout, 2)
     return gl.convert_layout(b_tile, layout, assert_trivial=True)
 
@@ -165,20 +165,20 @@ def _d_score(b_weight, b_d_weight, s_delta, dtype: gl.constexpr):
 
 @gluon.jit
 def _share(b_d_score, s_d_score, shared, taken, pair):
-    """Lay this attender's dS where the one that makes dQ of it can read it."""
+    """Lay this consumer's dS where the one that makes dQ of it can read it."""
     mbarrier.wait(taken, pair & 1)
     s_d_score.store(b_d_score)
     hopper.fence_async_shared()
-    release(shared)
+    arrive(shared)
 
 
 @gluon.jit
 def _dq_product(s_d_score, s_k, INDEX: gl.constexpr, layout: gl.constexpr):
-    """Issue the dQ of 64 queries: both attenders' dS, transposed, times their keys."""
+    """Issue the dQ of 64 queries: both consumers' dS, transposed, times their keys."""
     zero = gl.zeros([ROWS, ROWS], gl.float32, layout)
-    s_left = s_d_score.index(ATTENDERS * INDEX).permute((1, 0))
+    s_left = s_d_score.index(CONSUMERS * INDEX).permute((1, 0))
     dq = hopper.warpgroup_mma(s_left, s_k.index(0), zero, use_acc=False, is_async=True)
-    s_left = s_d_score.index(ATTENDERS * INDEX + 1).permute((1, 0))
+    s_left = s_d_score.index(CONSUMERS * INDEX + 1).permute((1, 0))
     return hopper.warpgroup_mma(s_left, s_k.index(1), dq, is_async=True)
 
 
@@ -187,7 +187,7 @@ def _add_dq(t_dq_sum, s_dq, b_dq, row, is_dq):
     """Add a dQ to the sum in memory, in the order of threads.
 
     In a 64x64 accumulator, rows are 4 warps x 2 x 8 lanes and columns 8 x 4 lanes x 2: what a thread holds lies
-    scattered, and its stores would meet others in the same banks. So four elements of a thread go side by side.
+    scattered, and its stores would sync others in the same banks. So four elements of a thread go side by side.
     """
     b_parts = gl.permute(gl.reshape(b_dq, [4, 2, 8, 8, 4, 2]), (3, 0, 2, 4, 1, 5))
     tma.store_wait(0)
@@ -198,7 +198,7 @@ def _add_dq(t_dq_sum, s_dq, b_dq, row, is_dq):
 
 
 @gluon.jit
-def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
+def _consumer_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
     (
         t_dk, t_dv, t_dq_sum, p_end_query, s_q, s_k, s_v, s_d_out, s_lse_log2, s_delta, s_d_score, s_dq,
         kv_full, full, empty, shared, taken,
@@ -206,8 +206,8 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
     ) = attend  # fmt: skip
     STAGES: gl.constexpr = s_q.shape[0]
     HEAD_DIM: gl.constexpr = s_q.shape[2]
-    # At head dim 64 there are registers to hold K and V, to have an attender's own products run beside its exponentials
-    # and to branch around the mask, which at head dim 128 is little beside the products.
+    # At head dim 64 there are registers to hold K and V, to have a consumer's own matmuls run beside its exponentials
+    # and to branch around the mask, which at head dim 128 is little beside the matmuls.
     AHEAD: gl.constexpr = HEAD_DIM == 64
     dtype: gl.constexpr = s_q.dtype
     score_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
@@ -241,14 +241,14 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
         if not AHEAD:
             key, value = s_k.index(INDEX + hidden), s_v.index(INDEX + hidden)
         if ADD_DQ:
-            # Of the pair before. In the first turn it is made of whatever lies there, and goes nowhere.
+            # Of the pair before. In the first iteration it is made of whatever lies there, and goes nowhere.
             mbarrier.wait(shared.index(INDEX), (pair & 1) ^ 1, pred=pair > 0)
             dq = _dq_product(s_d_score, s_k, INDEX, score_layout)
         mbarrier.wait(full.index(stage), phase)
         score_0 = _times_transposed(key, s_q.index(stage), score_layout)
         if ADD_DQ:
             b_dq = hopper.warpgroup_mma_wait(1, deps=[dq])
-            release(taken.index(INDEX))
+            arrive(taken.index(INDEX))
             _add_dq(t_dq_sum, s_dq.index(INDEX), b_dq, dq_row, pair > 0)
             dq_row = head_row + query + INDEX * ROWS
         if AHEAD:
@@ -257,7 +257,7 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
         if AHEAD:
             score_1 = _times_transposed(key, s_q.index(stage + 1), score_layout)
 
-        # Products end in the order in which they were issued: a wait names how many may still run.
+        # Matmuls end in the order in which they were issued: a wait names how many may still run.
         b_score = hopper.warpgroup_mma_wait(2 * AHEAD, deps=[score_0])
         b_weight = _weights(
             b_score, s_lse_log2.index(stage), query, middle, tail, b_key, b_end_query, scale_log2, not AHEAD
@@ -289,16 +289,16 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
         if not ADD_DQ:
             # TMA overwrites the log-sum-exp and delta that ordinary loads have read; with ADD_DQ, `_share` has fenced.
             hopper.fence_async_shared()
-        release(empty.index(stage))
+        arrive(empty.index(stage))
         b_d_score = _d_score(b_weight, b_d_weight, s_delta.index(stage + 1), dtype)
         dk = hopper.warpgroup_mma(_left(b_d_score, b_dk), s_q.index(stage + 1), dk, is_async=True)
         if ADD_DQ:
-            _share(b_d_score, s_d_score.index(ATTENDERS + INDEX), shared.index(1), taken.index(1), pair)
-        # No product runs on into the next turn: ptxas would take all of them one by one.
+            _share(b_d_score, s_d_score.index(CONSUMERS + INDEX), shared.index(1), taken.index(1), pair)
+        # No matmul runs on into the next iteration: ptxas would take all of them one by one.
         b_dk, b_dv = hopper.warpgroup_mma_wait(0, deps=[dk, dv])
         if not ADD_DQ:
             hopper.fence_async_shared()
-        release(empty.index(stage + 1))
+        arrive(empty.index(stage + 1))
         query += 2 * ROWS
         head_row = gl.where(query == stop, head_row + num_slots, head_row)
         query = gl.where(query == stop, first_key, query)
@@ -307,7 +307,7 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
         mbarrier.wait(shared.index(INDEX), (total & 1) ^ 1)
         b_dq = hopper.warpgroup_mma_wait(0, deps=[_dq_product(s_d_score, s_k, INDEX, score_layout)])
         _add_dq(t_dq_sum, s_dq.index(INDEX), b_dq, dq_row, True)
-    # In the place of V: only this attender has read this part, and does no more.
+    # In the place of V: only this consumer has read this part, and does no more.
     s_out = s_v.index(INDEX)
     s_out.store(b_dv.to(dtype))
     hopper.fence_async_shared()
@@ -319,7 +319,7 @@ def _attend_partition(attend, INDEX: gl.constexpr, ADD_DQ: gl.constexpr):
     tma.store_wait(0)
 
 
-# One program for all sizes: the one that `sm90_cases` lists and tests judge.
+# One compiled kernel for all sizes: the one that `sm90_cases` lists and tests judge.
 @gluon.jit(do_not_specialize=INTEGER_ARGUMENTS)
 def attention_gluon_bwd_kernel(
     t_q, t_k, t_v, t_d_out, t_dk, t_dv, t_dq_sum, t_lse_log2, t_delta, p_end_query,
@@ -329,23 +329,23 @@ def attention_gluon_bwd_kernel(
     """dK and dV of one tile of keys of one key head, over all query heads that it serves; with ADD_DQ, its part of
     dQ."""
     dtype: gl.constexpr = t_q.dtype
-    s_k = gl.allocate_shared_memory(dtype, [ATTENDERS, ROWS, HEAD_DIM], t_k.layout)
-    s_v = gl.allocate_shared_memory(dtype, [ATTENDERS, ROWS, HEAD_DIM], t_v.layout)
+    s_k = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, HEAD_DIM], t_k.layout)
+    s_v = gl.allocate_shared_memory(dtype, [CONSUMERS, ROWS, HEAD_DIM], t_v.layout)
     s_q = gl.allocate_shared_memory(dtype, [STAGES, ROWS, HEAD_DIM], t_q.layout)
     s_d_out = gl.allocate_shared_memory(dtype, [STAGES, ROWS, HEAD_DIM], t_d_out.layout)
     s_lse_log2 = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_lse_log2.layout)
     s_delta = gl.allocate_shared_memory(gl.float32, [STAGES, 1, ROWS], t_delta.layout)
-    # By block of the pair, then by attender. What is not used takes no memory.
-    s_d_score = gl.allocate_shared_memory(dtype, [2 * ATTENDERS, ROWS, ROWS], t_q.layout)
-    s_dq = gl.allocate_shared_memory(gl.float32, [ATTENDERS, ROWS, ROWS], t_dq_sum.layout)
-    kv_full, full, empty = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, ATTENDERS)
+    # By block of the pair, then by consumer. What is not used takes no memory.
+    s_d_score = gl.allocate_shared_memory(dtype, [2 * CONSUMERS, ROWS, ROWS], t_q.layout)
+    s_dq = gl.allocate_shared_memory(gl.float32, [CONSUMERS, ROWS, ROWS], t_dq_sum.layout)
+    kv_full, full, empty = barriers(1, 1), barriers(STAGES, 1), barriers(STAGES, CONSUMERS)
     shared, taken = full, empty
     if ADD_DQ:
-        shared, taken = barriers(ATTENDERS, ATTENDERS), barriers(ATTENDERS, 1)
+        shared, taken = barriers(CONSUMERS, CONSUMERS), barriers(CONSUMERS, 1)
 
     kv_head, tile = _head_and_tile(num_kv_heads, num_tiles, heads_per_section)
-    first_key = tile * (ATTENDERS * ROWS)
-    end = gl.load(p_end_query + gl.minimum(first_key + ATTENDERS * ROWS, num_tokens) - 1)
+    first_key = tile * (CONSUMERS * ROWS)
+    end = gl.load(p_end_query + gl.minimum(first_key + CONSUMERS * ROWS, num_tokens) - 1)
     num_pairs = gl.maximum(gl.cdiv(end - first_key, 2 * ROWS), 1)  # keys of no document: one pair, all masked
     attend = (
         t_dk, t_dv, t_dq_sum, p_end_query, s_q, s_k, s_v, s_d_out, s_lse_log2, s_delta, s_d_score, s_dq,
@@ -358,9 +358,9 @@ def attention_gluon_bwd_kernel(
     )  # fmt: skip
     gl.warp_specialize(
         [
-            (_attend_partition, (attend, gl.constexpr(0), gl.constexpr(ADD_DQ))),
-            (_attend_partition, (attend, gl.constexpr(1), gl.constexpr(ADD_DQ))),
-            (_load_partition, load),
+            (_consumer_partition, (attend, gl.constexpr(0), gl.constexpr(ADD_DQ))),
+            (_consumer_partition, (attend, gl.constexpr(1), gl.constexpr(ADD_DQ))),
+            (_producer_partition, load),
         ],
         [4, 1],
         [REGISTERS, 24],
@@ -377,11 +377,11 @@ def attention_gluon_bwd_dq_kernel(t_dq_sum, t_dq, num_slots, scale):
 
 
 def attention_gluon_backward(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    out_NHD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
     lse_HN: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -390,33 +390,33 @@ def attention_gluon_backward(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (N, H, D), (N, K, D), (N, K, D) in the type of the inputs. Nothing waits for the device."""
-    dq_NHD, dk_NKD, dv_NKD = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHD, k_NKD, v_NKD)
+    """Gradients (N, H, C), (N, K, C), (N, K, C) in the type of the inputs. Nothing waits for the device."""
+    dq_NHC, dk_NKC, dv_NKC = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHC, k_NKC, v_NKC)
     )
-    num_tokens, num_heads, head_dim = q_NHD.shape
+    num_tokens, num_heads, head_dim = q_NHC.shape
     if num_tokens == 0:
-        return dq_NHD, dk_NKD, dv_NKD
-    num_kv_heads = k_NKD.shape[1]
+        return dq_NHC, dk_NKC, dv_NKC
+    num_kv_heads = k_NKC.shape[1]
     group = num_heads // num_kv_heads
-    q_NHD, k_NKD, v_NKD, out_NHD, d_out_NHD = (
-        rows_of_heads(x) for x in (q_NHD, k_NKD, v_NKD, out_NHD, d_out_NHD)
+    q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC = (
+        rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC)
     )
     first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
-    lse_log2_HS, delta_HS = row_stats(out_NHD, d_out_NHD, lse_HN)
+    lse_log2_HS, delta_HS = row_stats(out_NHC, d_out_NHC, lse_HN)
     section = heads_per_section(
-        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHD.element_size()
+        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHC.element_size()
     )
     add_dq = adds_dq(head_dim, deterministic)
     num_tiles = triton.cdiv(num_tokens, BLOCK_K)
     num_slots = num_tiles * BLOCK_K
     # Whole tiles for each head. Without add_dq nothing touches it, but an argument must be there.
-    dq_sum_RD = torch.zeros(
-        (num_heads * num_slots if add_dq else 64, 64), dtype=torch.float32, device=q_NHD.device
+    dq_sum_RC = torch.zeros(
+        (num_heads * num_slots if add_dq else 64, 64), dtype=torch.float32, device=q_NHC.device
     )
     attention_gluon_bwd_kernel[(num_tiles * num_kv_heads,)](
-        *(gluon_descriptor(x, ROWS.value) for x in (q_NHD, k_NKD, v_NKD, d_out_NHD, dk_NKD, dv_NKD)),
-        _float32_descriptor(dq_sum_RD, 64),
+        *(gluon_descriptor(x, ROWS.value) for x in (q_NHC, k_NKC, v_NKC, d_out_NHC, dk_NKC, dv_NKC)),
+        _float32_descriptor(dq_sum_RC, 64),
         _float32_descriptor(lse_log2_HS, 1),
         _float32_descriptor(delta_HS, 1),
         end_query_N,
@@ -436,18 +436,18 @@ def attention_gluon_backward(
     )
     if add_dq:
         attention_gluon_bwd_dq_kernel[(triton.cdiv(num_tokens, 64), num_heads)](
-            TritonDescriptor(dq_sum_RD, list(dq_sum_RD.shape), [64, 1], [64, 64]),
-            descriptor(dq_NHD, 64),
+            TritonDescriptor(dq_sum_RC, list(dq_sum_RC.shape), [64, 1], [64, 64]),
+            descriptor(dq_NHC, 64),
             num_slots,
             scale,
             num_warps=4,
         )
-        return dq_NHD, dk_NKD, dv_NKD
+        return dq_NHC, dk_NKC, dv_NKC
 
     separate_dq(
-        q_NHD, k_NKD, v_NKD, d_out_NHD, dq_NHD, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
+        q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
     )  # fmt: skip
-    return dq_NHD, dk_NKD, dv_NKD
+    return dq_NHC, dk_NKC, dv_NKC
 
 
 def _float32_descriptor(x_RC: Tensor, rows: int) -> TensorDescriptor:

@@ -1,6 +1,6 @@
 """Causal attention over packed documents: the public function, its custom ops and its gradient.
 
-Legend: N tokens of all documents in one row, H query heads, K key heads (each serves H/K query heads), D
+Legend: N tokens of all documents in one row, H query heads, K key heads (each serves H/K query heads), C
 head dim.
 
 The ops are opaque to ``torch.compile`` (whole graphs stay whole around them), to activation checkpointing
@@ -34,14 +34,14 @@ from minicpm_kernels.backend import (
     autocasts,
     choose_backend,
     interpreter_enabled,
-    obstacle_to_large_tiles,
+    unsupported_reason_to_large_tiles,
 )
 
 
 def attention(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     *,
     max_seqlen: int,
@@ -49,10 +49,10 @@ def attention(
     window: int | None = None,
     deterministic: bool = False,
 ) -> Tensor:
-    """Attend causally within each document; returns (N, H, D) in the type of ``q_NHD``.
+    """Attend causally within each document; returns (N, H, C) in the type of ``q_NHC``.
 
     Args:
-        q_NHD, k_NKD, v_NKD: float32, bfloat16 or float16, all of one type; any strides. Under autocast they
+        q_NHC, k_NKC, v_NKC: float32, bfloat16 or float16, all of one type; any strides. Under autocast they
             are cast first, as by torch's own attention.
         cu_seqlens: int32 (number of documents + 1,): document i holds tokens ``cu_seqlens[i]`` up to
             ``cu_seqlens[i + 1]``. Starts with 0, ends with N, never falls; equal neighbours are an empty
@@ -65,23 +65,23 @@ def attention(
     Raises ``ValueError`` on shapes, types or options that do not fit, naming the argument. Under ``torch.compile``
     leave ``dynamic`` unset: the number of documents and ``max_seqlen`` change from batch to batch.
     """
-    out_NHD, _ = attention_with_lse(
-        q_NHD,
-        k_NKD,
-        v_NKD,
+    out_NHC, _ = attention_with_lse(
+        q_NHC,
+        k_NKC,
+        v_NKC,
         cu_seqlens,
         max_seqlen=max_seqlen,
         scale=scale,
         window=window,
         deterministic=deterministic,
     )
-    return out_NHD
+    return out_NHC
 
 
 def attention_with_lse(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     *,
     max_seqlen: int,
@@ -91,51 +91,51 @@ def attention_with_lse(
 ) -> tuple[Tensor, Tensor]:
     """Like ``attention``, and also the natural log of each softmax's denominator: float32 (H, N), no
     gradient."""
-    if autocasts(q_NHD) and q_NHD.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(q_NHD.device.type)
-        q_NHD, k_NKD, v_NKD = q_NHD.to(dtype), k_NKD.to(dtype), v_NKD.to(dtype)
-    _check_inputs(q_NHD, k_NKD, v_NKD, cu_seqlens)
+    if autocasts(q_NHC) and q_NHC.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(q_NHC.device.type)
+        q_NHC, k_NKC, v_NKC = q_NHC.to(dtype), k_NKC.to(dtype), v_NKC.to(dtype)
+    _check_inputs(q_NHC, k_NKC, v_NKC, cu_seqlens)
     if scale is None:
-        scale = q_NHD.shape[-1] ** -0.5
+        scale = q_NHC.shape[-1] ** -0.5
     if not scale > 0:
         raise ValueError(f"attention: scale={scale} must be positive")
     if window is not None and window < 1:
         raise ValueError(f"attention: window={window} must be at least 1, or None for the whole document")
     if max_seqlen < 0:
         raise ValueError(f"attention: max_seqlen={max_seqlen} must not be negative")
-    out_NHD, lse_HN = _attention_op(
-        q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen, float(scale), window, deterministic
+    out_NHC, lse_HN = _attention_op(
+        q_NHC, k_NKC, v_NKC, cu_seqlens, max_seqlen, float(scale), window, deterministic
     )
-    return out_NHD, lse_HN.detach()
+    return out_NHC, lse_HN.detach()
 
 
-def _check_inputs(q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor) -> None:
-    named = (("q", q_NHD), ("k", k_NKD), ("v", v_NKD))
+def _check_inputs(q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens: Tensor) -> None:
+    named = (("q", q_NHC), ("k", k_NKC), ("v", v_NKC))
     for name, x in named:
         if x.dim() != 3:
             raise ValueError(f"attention: {name} has {x.dim()} dimensions; give (tokens, heads, head dim)")
-        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != q_NHD.dtype:
+        if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or x.dtype != q_NHC.dtype:
             types = ", ".join(f"{n} {t.dtype}" for n, t in named)
             raise ValueError(f"attention: {types}; give one of float32, bfloat16, float16 for all three")
-        if x.shape[0] != q_NHD.shape[0] or x.shape[2] != q_NHD.shape[2] or x.device != q_NHD.device:
+        if x.shape[0] != q_NHC.shape[0] or x.shape[2] != q_NHC.shape[2] or x.device != q_NHC.device:
             raise ValueError(
-                f"attention: {name} {tuple(x.shape)} on {x.device} does not fit q {tuple(q_NHD.shape)} on "
-                f"{q_NHD.device}; tokens, head dim and device must agree"
+                f"attention: {name} {tuple(x.shape)} on {x.device} does not fit q {tuple(q_NHC.shape)} on "
+                f"{q_NHC.device}; tokens, head dim and device must agree"
             )
-    heads, kv_heads = q_NHD.shape[1], k_NKD.shape[1]
-    if v_NKD.shape[1] != kv_heads or kv_heads == 0 or heads % kv_heads:
+    heads, kv_heads = q_NHC.shape[1], k_NKC.shape[1]
+    if v_NKC.shape[1] != kv_heads or kv_heads == 0 or heads % kv_heads:
         raise ValueError(
-            f"attention: {heads} query, {kv_heads} key and {v_NKD.shape[1]} value heads; keys and values need "
+            f"attention: {heads} query, {kv_heads} key and {v_NKC.shape[1]} value heads; keys and values need "
             "the same number, which divides that of the queries"
         )
-    shortest = 2 if q_NHD.shape[0] > 0 else 1
+    shortest = 2 if q_NHC.shape[0] > 0 else 1
     if cu_seqlens.dtype != torch.int32 or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < shortest:
         raise ValueError(
             f"attention: cu_seqlens is {cu_seqlens.dtype} {tuple(cu_seqlens.shape)}; "
             "give int32 (number of documents + 1,)"
         )
-    if cu_seqlens.device != q_NHD.device:
-        raise ValueError(f"attention: cu_seqlens is on {cu_seqlens.device}, q on {q_NHD.device}")
+    if cu_seqlens.device != q_NHC.device:
+        raise ValueError(f"attention: cu_seqlens is on {cu_seqlens.device}, q on {q_NHC.device}")
 
 
 def _check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -152,83 +152,86 @@ def _check_bounds(cu_seqlens: Tensor, num_tokens: int) -> None:
         )
 
 
-def attention_backend(q_NHD: Tensor) -> Backend:
+def attention_backend(q_NHC: Tensor) -> Backend:
     """What attention of these queries runs on, and why: like ``choose_backend``, but knowing the kernels'
     limits.
 
     Raises ``RuntimeError`` where ``MINICPM_KERNELS=triton`` asks for kernels that do not serve these tensors.
     """
-    backend = choose_backend(q_NHD, "attention")
+    backend = choose_backend(q_NHC, "attention")
     if backend.name == "reference":
         return backend
-    obstacle = _obstacle_to_kernels(q_NHD)
-    if obstacle and os.environ.get(OVERRIDE_VARIABLE) == "triton":
+    unsupported_reason = _unsupported_reason(q_NHC)
+    if unsupported_reason and os.environ.get(OVERRIDE_VARIABLE) == "triton":
         raise RuntimeError(
-            f"attention: {OVERRIDE_VARIABLE}=triton, but {obstacle}; unset {OVERRIDE_VARIABLE}"
+            f"attention: {OVERRIDE_VARIABLE}=triton, but {unsupported_reason}; unset {OVERRIDE_VARIABLE}"
         )
-    if obstacle:
-        return Backend(name="reference", reason=f"attention: plain torch, because {obstacle}")
+    if unsupported_reason:
+        return Backend(name="reference", reason=f"attention: plain torch, because {unsupported_reason}")
     return backend
 
 
-def _obstacle_to_kernels(q_NHD: Tensor) -> str:
+def _unsupported_reason(q_NHC: Tensor) -> str:
     """Why the Triton kernels do not serve these tensors, as a clause; empty when they do."""
-    head_dim = q_NHD.shape[2]
+    head_dim = q_NHC.shape[2]
     if head_dim not in (16, 32, 64, 128):
         return f"the kernels serve head dims 16, 32, 64 and 128, not {head_dim}"
-    if q_NHD.dtype == torch.float32 and not interpreter_enabled():
+    if q_NHC.dtype == torch.float32 and not interpreter_enabled():
         return "tensor cores would round float32 to tf32"
-    if q_NHD.is_cuda:
-        capability = torch.cuda.get_device_capability(q_NHD.device)
+    if q_NHC.is_cuda:
+        capability = torch.cuda.get_device_capability(q_NHC.device)
         if capability < (8, 0):
             return f"the kernels need compute capability 8.0, the card has {capability[0]}.{capability[1]}"
         if head_dim == 128:
-            return obstacle_to_large_tiles(q_NHD.device)
+            return unsupported_reason_to_large_tiles(q_NHC.device)
     return ""
 
 
 @torch.library.custom_op("minicpm_kernels::attention", mutates_args=())
 def _attention_op(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    if attention_backend(q_NHD).name == "triton":
-        with torch.cuda.device_of(q_NHD):
-            return _forward_kernel(q_NHD)(
-                q_NHD, k_NKD, v_NKD, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
+    if attention_backend(q_NHC).name == "triton":
+        with torch.cuda.device_of(q_NHC):
+            return _forward_kernel(q_NHC)(
+                q_NHC, k_NKC, v_NKC, cu_seqlens, max_seqlen=max_seqlen, scale=scale, window=window
             )
-    if q_NHD.device.type == "cpu":
-        _check_bounds(cu_seqlens, q_NHD.shape[0])
-        return attention_cpu_forward(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
-    out_NHD, lse_HN = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
-    return out_NHD.to(q_NHD.dtype), lse_HN
+    if q_NHC.device.type == "cpu":
+        _check_bounds(cu_seqlens, q_NHC.shape[0])
+        return attention_cpu_forward(q_NHC, k_NKC, v_NKC, cu_seqlens, scale=scale, window=window)
+    out_NHC, lse_HN = attention_reference(q_NHC, k_NKC, v_NKC, cu_seqlens, scale=scale, window=window)
+    return out_NHC.to(q_NHC.dtype), lse_HN
 
 
-def _forward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+def _forward_kernel(q_NHC: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
     """What launches the kernel for these queries."""
     with suppress(ImportError, AttributeError):  # Gluon is experimental: another Triton may have another
-        from minicpm_kernels.attention.gluon import gluon_obstacle
+        from minicpm_kernels.attention.gluon import gluon_unsupported_reason
         from minicpm_kernels.attention.gluon_fwd import attention_gluon_forward
 
-        if not gluon_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+        if not gluon_unsupported_reason(q_NHC.shape[2], q_NHC.dtype, q_NHC.device):
             return attention_gluon_forward
     from minicpm_kernels.attention.triton_fwd import attention_triton_forward
 
     return attention_triton_forward
 
 
-def _backward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+def _backward_kernel(q_NHC: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """What launches the backward's kernels for these queries."""
     with suppress(ImportError, AttributeError):
-        from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_backward_obstacle
+        from minicpm_kernels.attention.gluon_bwd import (
+            attention_gluon_backward,
+            gluon_backward_unsupported_reason,
+        )
 
-        if not gluon_backward_obstacle(q_NHD.shape[2], q_NHD.dtype, q_NHD.device):
+        if not gluon_backward_unsupported_reason(q_NHC.shape[2], q_NHC.dtype, q_NHC.device):
             return attention_gluon_backward
     from minicpm_kernels.attention.triton_bwd import attention_triton_backward
 
@@ -237,26 +240,26 @@ def _backward_kernel(q_NHD: Tensor) -> Callable[..., tuple[Tensor, Tensor, Tenso
 
 @_attention_op.register_fake
 def _(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     scale: float,
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    num_tokens, heads, _ = q_NHD.shape
-    return q_NHD.new_empty(q_NHD.shape), q_NHD.new_empty((heads, num_tokens), dtype=torch.float32)
+    num_tokens, heads, _ = q_NHC.shape
+    return q_NHC.new_empty(q_NHC.shape), q_NHC.new_empty((heads, num_tokens), dtype=torch.float32)
 
 
 @torch.library.custom_op("minicpm_kernels::attention_backward", mutates_args=())
 def _attention_backward_op(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    out_NHD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
     lse_HN: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -264,19 +267,19 @@ def _attention_backward_op(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if attention_backend(q_NHD).name == "triton":
-        with torch.cuda.device_of(q_NHD):
-            return _backward_kernel(q_NHD)(
-                d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens,
+    if attention_backend(q_NHC).name == "triton":
+        with torch.cuda.device_of(q_NHC):
+            return _backward_kernel(q_NHC)(
+                d_out_NHC, q_NHC, k_NKC, v_NKC, out_NHC, lse_HN, cu_seqlens,
                 max_seqlen=max_seqlen, scale=scale, window=window,
                 deterministic=deterministic or _torch_asks_for_determinism(),
             )  # fmt: skip
-    if q_NHD.device.type == "cpu":
+    if q_NHC.device.type == "cpu":
         return attention_cpu_backward(
-            d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD, lse_HN, cu_seqlens, scale=scale, window=window
+            d_out_NHC, q_NHC, k_NKC, v_NKC, out_NHC, lse_HN, cu_seqlens, scale=scale, window=window
         )
     return attention_reference_backward(
-        d_out_NHD, q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window
+        d_out_NHC, q_NHC, k_NKC, v_NKC, cu_seqlens, scale=scale, window=window
     )
 
 
@@ -290,11 +293,11 @@ def _torch_asks_for_determinism() -> bool:
 
 @_attention_backward_op.register_fake
 def _(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    out_NHD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
     lse_HN: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -302,20 +305,20 @@ def _(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return q_NHD.new_empty(q_NHD.shape), k_NKD.new_empty(k_NKD.shape), v_NKD.new_empty(v_NKD.shape)
+    return q_NHC.new_empty(q_NHC.shape), k_NKC.new_empty(k_NKC.shape), v_NKC.new_empty(v_NKC.shape)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q_NHD, k_NKD, v_NKD, cu_seqlens, *ctx.options = inputs
-    ctx.save_for_backward(q_NHD, k_NKD, v_NKD, *output, cu_seqlens)
+    q_NHC, k_NKC, v_NKC, cu_seqlens, *ctx.options = inputs
+    ctx.save_for_backward(q_NHC, k_NKC, v_NKC, *output, cu_seqlens)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, d_out_NHD: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    if d_out_NHD is None:
+def _backward(ctx: Any, d_out_NHC: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if d_out_NHC is None:
         return (None,) * 8
-    gradients = _attention_backward_op(d_out_NHD, *ctx.saved_tensors, *ctx.options)
+    gradients = _attention_backward_op(d_out_NHC, *ctx.saved_tensors, *ctx.options)
     return (*gradients, None, None, None, None, None)
 
 

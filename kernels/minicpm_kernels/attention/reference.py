@@ -1,7 +1,7 @@
 """Causal attention over packed documents in plain torch: the float32 reference, and the fast path for CPUs.
 
-Legend: N tokens of all documents in one row, H query heads, K key heads, D head dim, L tokens of a document,
-C documents of equal length that are computed together.
+Legend: N tokens of all documents in one row, H query heads, K key heads, C head dim, L tokens of a document,
+G documents of equal length that are computed together.
 """
 
 import itertools
@@ -12,36 +12,36 @@ from torch import Tensor
 
 
 def attention_reference(
-    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attend in float32 (float64 for float64 inputs), one document after another; differentiable by autograd.
 
-    Returns the output (N, H, D) in that precision and the natural log of the softmax's denominator (H, N).
+    Returns the output (N, H, C) in that precision and the natural log of the softmax's denominator (H, N).
     Holds every score of a document at once, so it is for checking and for devices without a faster path.
     """
-    precise = torch.promote_types(q_NHD.dtype, torch.float32)
-    group = q_NHD.shape[1] // k_NKD.shape[1]
+    precise = torch.promote_types(q_NHC.dtype, torch.float32)
+    group = q_NHC.shape[1] // k_NKC.shape[1]
     outputs, lses = [], []
     for start, end in _documents(cu_seqlens):
-        q_HLD = q_NHD[start:end].to(precise).transpose(0, 1)
-        k_HLD, v_HLD = (
-            x_NKD[start:end].to(precise).transpose(0, 1).repeat_interleave(group, 0)
-            for x_NKD in (k_NKD, v_NKD)
+        q_HLC = q_NHC[start:end].to(precise).transpose(0, 1)
+        k_HLC, v_HLC = (
+            x_NKC[start:end].to(precise).transpose(0, 1).repeat_interleave(group, 0)
+            for x_NKC in (k_NKC, v_NKC)
         )
-        scores_HLL = scale * (q_HLD @ k_HLD.transpose(1, 2))
-        scores_HLL = scores_HLL.masked_fill(~_visible(end - start, window, q_NHD.device), -torch.inf)
-        outputs.append((scores_HLL.softmax(-1) @ v_HLD).transpose(0, 1))
+        scores_HLL = scale * (q_HLC @ k_HLC.transpose(1, 2))
+        scores_HLL = scores_HLL.masked_fill(~_visible(end - start, window, q_NHC.device), -torch.inf)
+        outputs.append((scores_HLL.softmax(-1) @ v_HLC).transpose(0, 1))
         lses.append(scores_HLL.logsumexp(-1))
     if not outputs:
-        return q_NHD.to(precise, copy=True), q_NHD.new_empty((q_NHD.shape[1], 0), dtype=precise)
+        return q_NHC.to(precise, copy=True), q_NHC.new_empty((q_NHC.shape[1], 0), dtype=precise)
     return torch.cat(outputs), torch.cat(lses, 1)
 
 
 def attention_reference_backward(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     *,
     scale: float,
@@ -49,42 +49,42 @@ def attention_reference_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention_reference`` in the types of the inputs; repeats the forward pass."""
     with torch.enable_grad():
-        q_NHD, k_NKD, v_NKD = (x.detach().requires_grad_() for x in (q_NHD, k_NKD, v_NKD))
-        out_NHD, _ = attention_reference(q_NHD, k_NKD, v_NKD, cu_seqlens, scale=scale, window=window)
-        d_q_NHD, d_k_NKD, d_v_NKD = torch.autograd.grad(
-            out_NHD, (q_NHD, k_NKD, v_NKD), d_out_NHD.to(out_NHD.dtype), materialize_grads=True
+        q_NHC, k_NKC, v_NKC = (x.detach().requires_grad_() for x in (q_NHC, k_NKC, v_NKC))
+        out_NHC, _ = attention_reference(q_NHC, k_NKC, v_NKC, cu_seqlens, scale=scale, window=window)
+        d_q_NHC, d_k_NKC, d_v_NKC = torch.autograd.grad(
+            out_NHC, (q_NHC, k_NKC, v_NKC), d_out_NHC.to(out_NHC.dtype), materialize_grads=True
         )
-    return d_q_NHD.contiguous(), d_k_NKD.contiguous(), d_v_NKD.contiguous()
+    return d_q_NHC.contiguous(), d_k_NKC.contiguous(), d_v_NKC.contiguous()
 
 
 def attention_cpu_forward(
-    q_NHD: Tensor, k_NKD: Tensor, v_NKD: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
+    q_NHC: Tensor, k_NKC: Tensor, v_NKC: Tensor, cu_seqlens: Tensor, *, scale: float, window: int | None
 ) -> tuple[Tensor, Tensor]:
     """Attend with torch's own CPU flash attention, one call for each run of documents of equal length.
 
-    Returns the output (N, H, D) in the inputs' type and the log-sum-exp (H, N) in float32.
+    Returns the output (N, H, C) in the inputs' type and the log-sum-exp (H, N) in float32.
     """
-    out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype)
-    lse_HN = torch.empty((q_NHD.shape[1], q_NHD.shape[0]), dtype=_lse_dtype(q_NHD))
+    out_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype)
+    lse_HN = torch.empty((q_NHC.shape[1], q_NHC.shape[0]), dtype=_lse_dtype(q_NHC))
     for start, length, count in _equal_runs(cu_seqlens):
-        q_CHLD, k_CKLD, v_CKLD = (_batch(x, start, length, count) for x in (q_NHD, k_NKD, v_NKD))
-        mask = _additive_mask(length, window, q_NHD.dtype)
+        q_GHLC, k_GKLC, v_GKLC = (_batch(x, start, length, count) for x in (q_NHC, k_NKC, v_NKC))
+        mask = _additive_mask(length, window, q_NHC.dtype)
         # The op behind scaled_dot_product_attention: called directly, because only it returns the log-sum-
         # exp, with which backward need not repeat the forward pass.
-        o_CHLD, lse_CHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_CHLD, k_CKLD, v_CKLD, 0.0, mask is None, attn_mask=mask, scale=scale
+        o_GHLC, lse_GHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_GHLC, k_GKLC, v_GKLC, 0.0, mask is None, attn_mask=mask, scale=scale
         )
-        _batch(out_NHD, start, length, count).copy_(o_CHLD)
-        _batch_lse(lse_HN, start, length, count).copy_(lse_CHL)
-    return out_NHD, lse_HN
+        _batch(out_NHC, start, length, count).copy_(o_GHLC)
+        _batch_lse(lse_HN, start, length, count).copy_(lse_GHL)
+    return out_NHC, lse_HN
 
 
 def attention_cpu_backward(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    out_NHD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
     lse_HN: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -92,24 +92,24 @@ def attention_cpu_backward(
     window: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention_cpu_forward`` with respect to q, k and v."""
-    d_q_NHD, d_k_NKD, d_v_NKD = (torch.empty(x.shape, dtype=x.dtype) for x in (q_NHD, k_NKD, v_NKD))
+    d_q_NHC, d_k_NKC, d_v_NKC = (torch.empty(x.shape, dtype=x.dtype) for x in (q_NHC, k_NKC, v_NKC))
     for start, length, count in _equal_runs(cu_seqlens):
-        d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD = (
-            _batch(x, start, length, count) for x in (d_out_NHD, q_NHD, k_NKD, v_NKD, out_NHD)
+        d_out_GHLC, q_GHLC, k_GKLC, v_GKLC, out_GHLC = (
+            _batch(x, start, length, count) for x in (d_out_NHC, q_NHC, k_NKC, v_NKC, out_NHC)
         )
-        lse_CHL = _batch_lse(lse_HN, start, length, count)
-        mask = _additive_mask(length, window, q_NHD.dtype)
+        lse_GHL = _batch_lse(lse_HN, start, length, count)
+        mask = _additive_mask(length, window, q_NHC.dtype)
         gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            d_out_CHLD, q_CHLD, k_CKLD, v_CKLD, out_CHLD, lse_CHL, 0.0, mask is None,
+            d_out_GHLC, q_GHLC, k_GKLC, v_GKLC, out_GHLC, lse_GHL, 0.0, mask is None,
             attn_mask=mask, scale=scale,
         )  # fmt: skip
-        for target, gradient in zip((d_q_NHD, d_k_NKD, d_v_NKD), gradients, strict=True):
+        for target, gradient in zip((d_q_NHC, d_k_NKC, d_v_NKC), gradients, strict=True):
             _batch(target, start, length, count).copy_(gradient)
-    return d_q_NHD, d_k_NKD, d_v_NKD
+    return d_q_NHC, d_k_NKC, d_v_NKC
 
 
-def _lse_dtype(q_NHD: Tensor) -> torch.dtype:
-    return torch.promote_types(q_NHD.dtype, torch.float32)
+def _lse_dtype(q_NHC: Tensor) -> torch.dtype:
+    return torch.promote_types(q_NHC.dtype, torch.float32)
 
 
 def _documents(cu_seqlens: Tensor) -> Iterator[tuple[int, int]]:
@@ -134,9 +134,9 @@ def _equal_runs(cu_seqlens: Tensor) -> Iterator[tuple[int, int, int]]:
         yield run_start, run_length, count
 
 
-def _batch(x_NHD: Tensor, start: int, length: int, count: int) -> Tensor:
-    """View ``count`` neighbouring documents as a batch: (C, H, L, D)."""
-    return x_NHD[start : start + length * count].view(count, length, *x_NHD.shape[1:]).transpose(1, 2)
+def _batch(x_NHC: Tensor, start: int, length: int, count: int) -> Tensor:
+    """View ``count`` neighbouring documents as a batch: (C, H, L, C)."""
+    return x_NHC[start : start + length * count].view(count, length, *x_NHC.shape[1:]).transpose(1, 2)
 
 
 def _batch_lse(lse_HN: Tensor, start: int, length: int, count: int) -> Tensor:

@@ -35,7 +35,7 @@ class Tiles:
     block_k: int
     num_warps: int
     num_stages: int
-    # Registers of a thread, where two programs on one multiprocessor need a cap that the compiler would
+    # Registers of a thread, where two CTAs on one SM need a cap that the compiler would
     # just miss.
     max_registers: int | None = None
 
@@ -72,17 +72,17 @@ def attention_bounds_kernel(
 
 @triton.jit
 def head_and_tile(num_heads, num_tiles, heads_per_section):
-    """Which head and which tile this program works on.
+    """Which head and which tile this CTA works on.
 
-    Programs start in the order of their number. Sections of heads come one after another, so that their
+    CTAs start in the order of their number. Sections of heads come one after another, so that their
     keys and values stay in the L2 cache; within a section all heads do one tile, then all heads the next
     tile.
     """
-    program = tl.program_id(0)
-    programs_per_section = num_tiles * heads_per_section
-    section = program // programs_per_section
+    cta = tl.program_id(0)
+    ctas_per_section = num_tiles * heads_per_section
+    section = cta // ctas_per_section
     heads_here = tl.minimum(heads_per_section, num_heads - section * heads_per_section)
-    within = program - section * programs_per_section
+    within = cta - section * ctas_per_section
     return section * heads_per_section + within % heads_here, within // heads_here
 
 
@@ -114,25 +114,25 @@ def heads_per_section(
     return kv_heads * group
 
 
-def rows_of_heads(x_NHD: Tensor) -> Tensor:
+def rows_of_heads(x_NHC: Tensor) -> Tensor:
     """The tensor itself where TMA can read it as (N, H·D) rows, else a copy.
 
     TMA needs heads side by side, rows apart and at multiples of 16 bytes; slices of a merged projection are
     that already, one row for all tokens (an expanded gradient) is not.
     """
-    num_tokens, heads, head_dim = x_NHD.shape
-    side_by_side = x_NHD.stride(2) == 1 and (heads == 1 or x_NHD.stride(1) == head_dim)
-    side_by_side = side_by_side and x_NHD.stride(0) >= heads * head_dim
-    aligned = x_NHD.stride(0) * x_NHD.element_size() % 16 == 0 and x_NHD.data_ptr() % 16 == 0
+    num_tokens, heads, head_dim = x_NHC.shape
+    side_by_side = x_NHC.stride(2) == 1 and (heads == 1 or x_NHC.stride(1) == head_dim)
+    side_by_side = side_by_side and x_NHC.stride(0) >= heads * head_dim
+    aligned = x_NHC.stride(0) * x_NHC.element_size() % 16 == 0 and x_NHC.data_ptr() % 16 == 0
     # One row may claim any stride; cloning gives it the one that fits.
     return (
-        x_NHD
+        x_NHC
         if num_tokens > 1 and side_by_side and aligned
-        else x_NHD.clone(memory_format=torch.contiguous_format)
+        else x_NHC.clone(memory_format=torch.contiguous_format)
     )
 
 
-def descriptor(x_NHD: Tensor, rows: int) -> TensorDescriptor:
+def descriptor(x_NHC: Tensor, rows: int) -> TensorDescriptor:
     """A TMA descriptor of (N, H·D) in blocks of ``rows`` tokens of one head; rows beyond N read as zero."""
-    num_tokens, heads, head_dim = x_NHD.shape
-    return TensorDescriptor(x_NHD, [num_tokens, heads * head_dim], [x_NHD.stride(0), 1], [rows, head_dim])
+    num_tokens, heads, head_dim = x_NHC.shape
+    return TensorDescriptor(x_NHC, [num_tokens, heads * head_dim], [x_NHC.stride(0), 1], [rows, head_dim])

@@ -8,13 +8,13 @@ dK = scale·dSᵀ·Q.
 Three kernels, of which a call runs two:
 
 - ``attention_bwd_dkdv_kernel``: a tile of keys goes through the queries that see it. With ``ADD_DQ`` it also adds
-  its part of dQ to a float32 buffer in memory (five products for each block in all). The order of these
+  its part of dQ to a float32 buffer in memory (five matmuls for each block in all). The order of these
   additions is not fixed, so dQ is then not bit-equal from call to call.
 - ``attention_bwd_dq_kernel``: a tile of queries goes through its keys. With the first, without ``ADD_DQ``, seven
-  products for each block, and deterministic: every sum has one owner and a fixed order.
+  matmuls for each block, and deterministic: every sum has one owner and a fixed order.
 - ``attention_bwd_stats_kernel``: delta, and the log-sum-exp in base 2, before either.
 
-Legend: N tokens, H query heads, K key heads, D head dim, S tokens rounded up for TMA; b_x tiles, p_x
+Legend: N tokens, H query heads, K key heads, C head dim, S tokens rounded up for TMA; b_x tiles, p_x
 pointers, t_x TMA descriptors.
 """
 
@@ -53,8 +53,8 @@ def dkdv_tiles(head_dim: int) -> Tiles:
 
 
 def dq_tiles(head_dim: int) -> Tiles:
-    """At head dim 64, the cap of 128 registers (it would take 133) lets two programs share a
-    multiprocessor."""
+    """At head dim 64, the cap of 128 registers (it would take 133) lets two CTAs share an
+    SM."""
     if head_dim <= 64:
         return Tiles(block_q=128, block_k=64, num_warps=8, num_stages=3, max_registers=128)
     return Tiles(block_q=128, block_k=64, num_warps=8, num_stages=2)
@@ -224,11 +224,11 @@ def attention_bwd_dq_kernel(
 
 
 def attention_triton_backward(
-    d_out_NHD: Tensor,
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    out_NHD: Tensor,
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
     lse_HN: Tensor,
     cu_seqlens: Tensor,
     *,
@@ -237,38 +237,38 @@ def attention_triton_backward(
     window: int | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients (N, H, D), (N, K, D), (N, K, D) in the type of the inputs. Nothing waits for the device."""
-    dq_NHD, dk_NKD, dv_NKD = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHD, k_NKD, v_NKD)
+    """Gradients (N, H, C), (N, K, C), (N, K, C) in the type of the inputs. Nothing waits for the device."""
+    dq_NHC, dk_NKC, dv_NKC = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHC, k_NKC, v_NKC)
     )
-    num_tokens, num_heads, head_dim = q_NHD.shape
+    num_tokens, num_heads, head_dim = q_NHC.shape
     if num_tokens == 0:
-        return dq_NHD, dk_NKD, dv_NKD
-    num_kv_heads = k_NKD.shape[1]
+        return dq_NHC, dk_NKC, dv_NKC
+    num_kv_heads = k_NKC.shape[1]
     group = num_heads // num_kv_heads
-    q_NHD, k_NKD, v_NKD, out_NHD, d_out_NHD = (
-        rows_of_heads(x) for x in (q_NHD, k_NKD, v_NKD, out_NHD, d_out_NHD)
+    q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC = (
+        rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC)
     )
     first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
-    lse_log2_HS, delta_HS = row_stats(out_NHD, d_out_NHD, lse_HN)
+    lse_log2_HS, delta_HS = row_stats(out_NHC, d_out_NHC, lse_HN)
     num_slots = delta_HS.shape[1]
     section = heads_per_section(
-        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHD.element_size()
+        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHC.element_size()
     )
 
     add_dq = adds_dq(head_dim, deterministic)
-    dq_sum_NHD = torch.zeros(q_NHD.shape, dtype=torch.float32, device=q_NHD.device) if add_dq else None
+    dq_sum_NHC = torch.zeros(q_NHC.shape, dtype=torch.float32, device=q_NHC.device) if add_dq else None
     tiles = dkdv_tiles(head_dim)
     num_tiles = triton.cdiv(num_tokens, tiles.block_k)
     attention_bwd_dkdv_kernel[(num_tiles * num_kv_heads,)](
-        descriptor(q_NHD, tiles.block_q),
-        descriptor(k_NKD, tiles.block_k),
-        descriptor(v_NKD, tiles.block_k),
-        descriptor(d_out_NHD, tiles.block_q),
-        descriptor(dk_NKD, tiles.block_k),
-        descriptor(dv_NKD, tiles.block_k),
+        descriptor(q_NHC, tiles.block_q),
+        descriptor(k_NKC, tiles.block_k),
+        descriptor(v_NKC, tiles.block_k),
+        descriptor(d_out_NHC, tiles.block_q),
+        descriptor(dk_NKC, tiles.block_k),
+        descriptor(dv_NKC, tiles.block_k),
         # Not touched without ADD_DQ, but an argument must be there.
-        descriptor(q_NHD if dq_sum_NHD is None else dq_sum_NHD, tiles.block_q),
+        descriptor(q_NHC if dq_sum_NHC is None else dq_sum_NHC, tiles.block_q),
         TensorDescriptor(lse_log2_HS, list(lse_log2_HS.shape), [num_slots, 1], [1, tiles.block_q]),
         TensorDescriptor(delta_HS, list(delta_HS.shape), [num_slots, 1], [1, tiles.block_q]),
         end_query_N,
@@ -285,22 +285,22 @@ def attention_triton_backward(
         ADD_DQ=add_dq,
         **tiles.options,
     )
-    if dq_sum_NHD is not None:
-        torch.mul(dq_sum_NHD, scale, out=dq_NHD)  # scales and rounds in one pass
-        return dq_NHD, dk_NKD, dv_NKD
+    if dq_sum_NHC is not None:
+        torch.mul(dq_sum_NHC, scale, out=dq_NHC)  # scales and rounds in one pass
+        return dq_NHC, dk_NKC, dv_NKC
 
     separate_dq(
-        q_NHD, k_NKD, v_NKD, d_out_NHD, dq_NHD, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
+        q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
     )  # fmt: skip
-    return dq_NHD, dk_NKD, dv_NKD
+    return dq_NHC, dk_NKC, dv_NKC
 
 
 def separate_dq(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
-    d_out_NHD: Tensor,
-    dq_NHD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    d_out_NHC: Tensor,
+    dq_NHC: Tensor,
     lse_log2_HS: Tensor,
     delta_HS: Tensor,
     first_key_N: Tensor,
@@ -309,15 +309,15 @@ def separate_dq(
     scale: float,
 ) -> None:
     """Write dQ, in a launch of its own, ``section`` heads at one time."""
-    num_tokens, num_heads, head_dim = q_NHD.shape
+    num_tokens, num_heads, head_dim = q_NHC.shape
     tiles = dq_tiles(head_dim)
     num_tiles = triton.cdiv(num_tokens, tiles.block_q)
     attention_bwd_dq_kernel[(num_tiles * num_heads,)](
-        descriptor(q_NHD, tiles.block_q),
-        descriptor(k_NKD, tiles.block_k),
-        descriptor(v_NKD, tiles.block_k),
-        descriptor(d_out_NHD, tiles.block_q),
-        descriptor(dq_NHD, tiles.block_q),
+        descriptor(q_NHC, tiles.block_q),
+        descriptor(k_NKC, tiles.block_k),
+        descriptor(v_NKC, tiles.block_k),
+        descriptor(d_out_NHC, tiles.block_q),
+        descriptor(dq_NHC, tiles.block_q),
         lse_log2_HS,
         delta_HS,
         first_key_N,
@@ -326,7 +326,7 @@ def separate_dq(
         num_heads,
         num_tiles,
         section,
-        num_heads // k_NKD.shape[1],
+        num_heads // k_NKC.shape[1],
         scale,
         scale * LOG2_E.value,
         BLOCK_Q=tiles.block_q,
@@ -336,14 +336,14 @@ def separate_dq(
     )
 
 
-def row_stats(out_NHD: Tensor, d_out_NHD: Tensor, lse_HN: Tensor) -> tuple[Tensor, Tensor]:
+def row_stats(out_NHC: Tensor, d_out_NHC: Tensor, lse_HN: Tensor) -> tuple[Tensor, Tensor]:
     """Base-2 log-sum-exp and delta, float32 (H, S): rows padded to the 16 bytes that TMA asks for."""
-    num_tokens, num_heads, head_dim = out_NHD.shape
+    num_tokens, num_heads, head_dim = out_NHC.shape
     num_slots = triton.cdiv(num_tokens, 4) * 4
-    stats = torch.empty((2, num_heads, num_slots), dtype=torch.float32, device=out_NHD.device)
+    stats = torch.empty((2, num_heads, num_slots), dtype=torch.float32, device=out_NHC.device)
     attention_bwd_stats_kernel[(triton.cdiv(num_slots, STATS_BLOCK), num_heads)](
-        descriptor(out_NHD, STATS_BLOCK),
-        descriptor(d_out_NHD, STATS_BLOCK),
+        descriptor(out_NHC, STATS_BLOCK),
+        descriptor(d_out_NHC, STATS_BLOCK),
         lse_HN,
         stats[0],
         stats[1],

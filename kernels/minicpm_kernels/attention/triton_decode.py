@@ -1,13 +1,13 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: ANN001, ANN201
-"""Decode attention in Triton: one query per sequence, the cache split among programs, their parts then
+"""Decode attention in Triton: one query per sequence, the cache split among CTAs, their parts then
 combined.
 
-Reading the cache is all the work there is, so all multiprocessors must read: where sequences times key
-heads are too few programs, each cache is cut into equal pieces of what it really holds (lengths are read on
-the device). The query heads of a group read their keys once, together, as the rows of one matrix product.
+Reading the cache is all the work there is, so all SMs must read: where sequences times key
+heads are too few CTAs, each cache is cut into equal pieces of what it really holds (lengths are read on
+the device). The query heads of a group read their keys once, together, as the rows of one matmul.
 
-Legend: B sequences, T capacity, H query heads, K key heads, D head dim, S splits, G heads of a group
+Legend: B sequences, T capacity, H query heads, K key heads, C head dim, S splits, G heads of a group
 (padded to the 16 rows of a tensor core); b_x tiles, p_x pointers.
 """
 
@@ -18,10 +18,10 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 
-# A program should read this many keys at least, or combining costs more than splitting gains. Not tuned on
+# A CTA should read this many keys at least, or combining costs more than splitting gains. Not tuned on
 # a card.
 _MIN_KEYS_PER_SPLIT = 256
-MAX_SPLITS = 128  # one program combines them, and more would not fit its registers
+MAX_SPLITS = 128  # one CTA combines them, and more would not fit its registers
 
 OPTIONS = {"num_warps": 4, "num_stages": 3}
 
@@ -60,7 +60,7 @@ def attention_decode_kernel(
     for key in tl.range(start, stop, BLOCK_T):
         b_key = key + tl.arange(0, BLOCK_T)
         # Beyond the length the cache may hold anything: loaded as zero, because 0 * NaN would spoil the
-        # product.
+        # matmul.
         b_held = b_key < stop
         b_key_row = b_key.to(tl.int64)[:, None]
         b_k = tl.load(p_k + b_key_row * k_stride_t + b_dim[None, :], mask=b_held[:, None], other=0.0)
@@ -108,39 +108,39 @@ def attention_decode_combine_kernel(
 
 
 def attention_triton_decode(
-    q_BHD: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, lengths_B: Tensor, *, scale: float, window: int | None
+    q_BHC: Tensor, k_BTKC: Tensor, v_BTKC: Tensor, lengths_B: Tensor, *, scale: float, window: int | None
 ) -> Tensor:
-    """Returns (B, H, D). The last dimension of each tensor must have stride 1. Nothing waits for the
+    """Returns (B, H, C). The last dimension of each tensor must have stride 1. Nothing waits for the
     device."""
-    batch, num_heads, head_dim = q_BHD.shape
-    capacity, num_kv_heads = k_BTKD.shape[1], k_BTKD.shape[2]
+    batch, num_heads, head_dim = q_BHC.shape
+    capacity, num_kv_heads = k_BTKC.shape[1], k_BTKC.shape[2]
     group = num_heads // num_kv_heads
-    num_splits = _num_splits(batch * num_kv_heads, capacity, q_BHD.device)
-    out_BHD = torch.empty(q_BHD.shape, dtype=q_BHD.dtype, device=q_BHD.device)
-    lse_BHS = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q_BHD.device)
+    num_splits = _num_splits(batch * num_kv_heads, capacity, q_BHC.device)
+    out_BHC = torch.empty(q_BHC.shape, dtype=q_BHC.dtype, device=q_BHC.device)
+    lse_BHS = torch.empty((batch, num_heads, num_splits), dtype=torch.float32, device=q_BHC.device)
     # A single piece is the whole: it goes straight to the output.
-    part_BHSD = (
-        out_BHD
+    part_BHSC = (
+        out_BHC
         if num_splits == 1
-        else torch.empty((*lse_BHS.shape, head_dim), dtype=torch.float32, device=q_BHD.device)
+        else torch.empty((*lse_BHS.shape, head_dim), dtype=torch.float32, device=q_BHC.device)
     )
-    if out_BHD.numel() == 0:
-        return out_BHD
+    if out_BHC.numel() == 0:
+        return out_BHC
     attention_decode_kernel[(batch * num_kv_heads, num_splits)](
-        q_BHD,
-        k_BTKD,
-        v_BTKD,
+        q_BHC,
+        k_BTKC,
+        v_BTKC,
         lengths_B.contiguous(),
-        part_BHSD,
+        part_BHSC,
         lse_BHS,
         num_kv_heads,
         num_splits,
         capacity,
         capacity if window is None else min(window, capacity),
         scale * LOG2_E,
-        *q_BHD.stride()[:2],
-        *k_BTKD.stride()[:3],
-        *v_BTKD.stride()[:3],
+        *q_BHC.stride()[:2],
+        *k_BTKC.stride()[:3],
+        *v_BTKC.stride()[:3],
         GROUP=group,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
         HEAD_DIM=head_dim,
@@ -149,25 +149,25 @@ def attention_triton_decode(
     )
     if num_splits > 1:
         attention_decode_combine_kernel[(batch * num_heads,)](
-            part_BHSD,
+            part_BHSC,
             lse_BHS,
-            out_BHD,
+            out_BHC,
             num_splits,
             BLOCK_S=triton.next_power_of_2(num_splits),
             HEAD_DIM=head_dim,
         )
-    return out_BHD
+    return out_BHC
 
 
 def block_t(head_dim: int) -> int:
-    """Keys and values of a block are 16 KiB each, so that three stages leave room for two programs."""
+    """Keys and values of a block are 16 KiB each, so that three stages leave room for two CTAs."""
     return 128 if head_dim <= 64 else 64
 
 
 def _num_splits(num_programs: int, capacity: int, device: torch.device) -> int:
-    """Enough programs for two on each multiprocessor, unless the pieces would become too small."""
-    multiprocessors = 132
+    """Enough CTAs for two on each SM, unless the pieces would become too small."""
+    SMs = 132
     if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    wanted = -(-2 * multiprocessors // max(num_programs, 1))
+        SMs = torch.cuda.get_device_properties(device).multi_processor_count
+    wanted = -(-2 * SMs // max(num_programs, 1))
     return max(1, min(wanted, capacity // _MIN_KEYS_PER_SPLIT, MAX_SPLITS))

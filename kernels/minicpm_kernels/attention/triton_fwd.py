@@ -1,18 +1,18 @@
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator"
 # ruff: noqa: ANN001, ANN201, ANN202
-"""Attention forward in Triton: one program a tile of queries of one head, an online softmax in base 2.
+"""Attention forward in Triton: one CTA a tile of queries of one head, an online softmax in base 2.
 
-Legend: N tokens, H query heads, K key heads, D head dim; b_x tiles, p_x pointers, t_x TMA descriptors.
+Legend: N tokens, H query heads, K key heads, C head dim; b_x tiles, p_x pointers, t_x TMA descriptors.
 
-Why these tiles, by the resource table of sm_90 (none of it timed on a card yet). A multiprocessor needs
+Why these tiles, by the resource table of sm_90 (none of it timed on a card yet). An SM needs
 1024 cycles for the exponentials of a 128x128 block of scores and, at head dim 64, as many for its two
-products; at head dim 128 twice as many for the products. Only overlap of the two lets either run at its
+matmuls; at head dim 128 twice as many for the matmuls. Only overlap of the two lets either run at its
 rate:
 
-- head dim 64: 128x64 and one warpgroup, 221 registers, so two programs share a multiprocessor and one's softmax
-  runs beside the other's products. Two warpgroups a tile fit twice too (124 registers) but issue 18 % more
-  instructions per score and wait for each other at every block. 128x128 makes ptxas serialise the products.
-- head dim 128: the accumulator fills the registers, so one program of two warpgroups with 128x128 blocks, which
+- head dim 64: 128x64 and one warpgroup, 221 registers, so two CTAs share an SM and one's softmax
+  runs beside the other's matmuls. Two warpgroups a tile fit twice too (124 registers) but issue 18 % more
+  instructions per score and wait for each other at every block. 128x128 makes ptxas serialise the matmuls.
+- head dim 128: the accumulator fills the registers, so one CTA of two warpgroups with 128x128 blocks, which
   rescale the accumulator half as often as 128x64.
 """
 
@@ -122,38 +122,38 @@ def attention_fwd_kernel(
 
 
 def attention_triton_forward(
-    q_NHD: Tensor,
-    k_NKD: Tensor,
-    v_NKD: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
     cu_seqlens: Tensor,
     *,
     max_seqlen: int,
     scale: float,
     window: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Returns the output (N, H, D) and the natural log-sum-exp (H, N) in float32. Nothing waits for the
+    """Returns the output (N, H, C) and the natural log-sum-exp (H, N) in float32. Nothing waits for the
     device."""
-    num_tokens, num_heads, head_dim = q_NHD.shape
-    num_kv_heads = k_NKD.shape[1]
-    out_NHD = torch.empty(q_NHD.shape, dtype=q_NHD.dtype, device=q_NHD.device)
-    lse_HN = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q_NHD.device)
+    num_tokens, num_heads, head_dim = q_NHC.shape
+    num_kv_heads = k_NKC.shape[1]
+    out_NHC = torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device)
+    lse_HN = torch.empty((num_heads, num_tokens), dtype=torch.float32, device=q_NHC.device)
     if num_tokens == 0:
-        return out_NHD, lse_HN
+        return out_NHC, lse_HN
     tiles = forward_tiles(head_dim)
     group, num_tiles = num_heads // num_kv_heads, triton.cdiv(num_tokens, tiles.block_q)
-    q_NHD, k_NKD, v_NKD = (rows_of_heads(x) for x in (q_NHD, k_NKD, v_NKD))
+    q_NHC, k_NKC, v_NKC = (rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC))
     first_key_N, _ = attention_bounds(cu_seqlens, num_tokens, window)
     attention_fwd_kernel[(num_tiles * num_heads,)](
-        descriptor(q_NHD, tiles.block_q),
-        descriptor(k_NKD, tiles.block_k),
-        descriptor(v_NKD, tiles.block_k),
-        descriptor(out_NHD, tiles.block_q),
+        descriptor(q_NHC, tiles.block_q),
+        descriptor(k_NKC, tiles.block_k),
+        descriptor(v_NKC, tiles.block_k),
+        descriptor(out_NHC, tiles.block_q),
         lse_HN,
         first_key_N,
         num_tokens,
         num_heads,
         num_tiles,
-        heads_per_section(num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHD.element_size()),
+        heads_per_section(num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHC.element_size()),
         group,
         scale * LOG2_E,
         BLOCK_Q=tiles.block_q,
@@ -161,4 +161,4 @@ def attention_triton_forward(
         HEAD_DIM=head_dim,
         **tiles.options,
     )
-    return out_NHD, lse_HN
+    return out_NHC, lse_HN

@@ -1,6 +1,6 @@
 """Mixture of experts: a router with its losses, and a layer of SwiGLU experts.
 
-Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K.
+Shapes: N tokens, A experts a token, E experts, D model width, F hidden width of an expert, R = N·A.
 """
 
 from contextlib import nullcontext
@@ -21,8 +21,8 @@ _WIDTH_MULTIPLE = 16
 class MoeRouting(NamedTuple):
     """Which experts see each token, by what weight, and the two losses that keep the router healthy."""
 
-    weights_NK: Tensor  # float32, each row sums to 1, largest first; differentiable
-    experts_NK: Tensor  # int32
+    weights_NA: Tensor  # float32, each row sums to 1, largest first; differentiable
+    experts_NA: Tensor  # int32
     load_balance_loss: Tensor  # 0-d; 1 when the experts share tokens and probability evenly
     z_loss: Tensor  # 0-d
 
@@ -49,7 +49,7 @@ def moe_layer(
     with torch.autocast(x_ND.device.type, enabled=False) if autocasts(x_ND) else nullcontext():
         logits_NE = F.linear(x_ND.to(wide), router_weight_ED.to(wide))
     routing = moe_router(logits_NE, num_experts_per_tok)
-    out_ND = moe_experts(x_ND, routing.weights_NK, routing.experts_NK, gate_up_E2FD, down_EDF)
+    out_ND = moe_experts(x_ND, routing.weights_NA, routing.experts_NA, gate_up_E2FD, down_EDF)
     return MoeOutput(out_ND, routing.load_balance_loss, routing.z_loss)
 
 
@@ -69,12 +69,12 @@ def moe_router(logits_NE: Tensor, num_experts_per_tok: int) -> MoeRouting:
 
 
 def moe_experts(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> Tensor:
     """out_ND = Σ_k weights[:, k] · down[e] (silu(gate[e] x) · (up[e] x)), where e = experts[:, k].
 
     ``gate_up`` holds the rows of gate, then those of up. Any number of tokens may choose an expert, none included.
-    Differentiable in all but ``experts_NK``, whose ids must lie in [0, E). Sums are in float32. Under autocast x and
+    Differentiable in all but ``experts_NA``, whose ids must lie in [0, E). Sums are in float32. Under autocast x and
     the matrices are cast first, as by a linear layer.
 
     Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
@@ -82,10 +82,10 @@ def moe_experts(
     if autocasts(x_ND):
         dtype = torch.get_autocast_dtype(x_ND.device.type)
         x_ND, gate_up_E2FD, down_EDF = x_ND.to(dtype), gate_up_E2FD.to(dtype), down_EDF.to(dtype)
-    _check_experts(x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF)
-    learns = any(tensor.requires_grad for tensor in (x_ND, weights_NK, gate_up_E2FD, down_EDF))
+    _check_experts(x_ND, weights_NA, experts_NA, gate_up_E2FD, down_EDF)
+    learns = any(tensor.requires_grad for tensor in (x_ND, weights_NA, gate_up_E2FD, down_EDF))
     out_ND: Tensor = moe_ops.experts_op(
-        x_ND, weights_NK, experts_NK, gate_up_E2FD, down_EDF, learns and torch.is_grad_enabled()
+        x_ND, weights_NA, experts_NA, gate_up_E2FD, down_EDF, learns and torch.is_grad_enabled()
     )[0]
     return out_ND
 
@@ -105,18 +105,18 @@ def _check_router(logits_NE: Tensor, num_experts_per_tok: int) -> None:
 
 
 def _check_experts(
-    x_ND: Tensor, weights_NK: Tensor, experts_NK: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
+    x_ND: Tensor, weights_NA: Tensor, experts_NA: Tensor, gate_up_E2FD: Tensor, down_EDF: Tensor
 ) -> None:
-    if x_ND.dim() != 2 or weights_NK.dim() != 2 or down_EDF.dim() != 3:
+    if x_ND.dim() != 2 or weights_NA.dim() != 2 or down_EDF.dim() != 3:
         raise ValueError(
-            "moe_experts: x must have shape (N, D), weights (N, K) and down (E, D, F), "
-            f"not {tuple(x_ND.shape)}, {tuple(weights_NK.shape)} and {tuple(down_EDF.shape)}"
+            "moe_experts: x must have shape (N, D), weights (N, A) and down (E, D, F), "
+            f"not {tuple(x_ND.shape)}, {tuple(weights_NA.shape)} and {tuple(down_EDF.shape)}"
         )
     num_tokens, width = x_ND.shape
     num_experts, _, hidden = down_EDF.shape
     expected = {
-        "weights": (weights_NK, (num_tokens, weights_NK.shape[1])),
-        "experts": (experts_NK, tuple(weights_NK.shape)),
+        "weights": (weights_NA, (num_tokens, weights_NA.shape[1])),
+        "experts": (experts_NA, tuple(weights_NA.shape)),
         "gate_up": (gate_up_E2FD, (num_experts, 2 * hidden, width)),
         "down": (down_EDF, (num_experts, width, hidden)),
     }
@@ -125,21 +125,21 @@ def _check_experts(
             raise ValueError(f"moe_experts: {name} must have shape {shape} here, not {tuple(tensor.shape)}")
         if tensor.device != x_ND.device:
             raise ValueError(f"moe_experts: {name} is on {tensor.device}, but x on {x_ND.device}")
-    if weights_NK.shape[1] == 0:
+    if weights_NA.shape[1] == 0:
         raise ValueError("moe_experts: every token needs at least one expert, but weights has shape (N, 0)")
     if (width % _WIDTH_MULTIPLE or hidden % _WIDTH_MULTIPLE) and moe_ops.uses_triton(x_ND, "moe_experts"):
         raise ValueError(
             f"moe_experts: the Triton kernels need D and F to be multiples of {_WIDTH_MULTIPLE}, not {width} and "
             f"{hidden}; set MINICPM_KERNELS=reference for plain torch"
         )
-    if experts_NK.dtype != torch.int32:
-        raise TypeError(f"moe_experts: experts must be int32, not {experts_NK.dtype}")
+    if experts_NA.dtype != torch.int32:
+        raise TypeError(f"moe_experts: experts must be int32, not {experts_NA.dtype}")
     if not (x_ND.dtype == gate_up_E2FD.dtype == down_EDF.dtype):
         raise TypeError(
             "moe_experts: x, gate_up and down must share one type, "
             f"not {x_ND.dtype}, {gate_up_E2FD.dtype} and {down_EDF.dtype}"
         )
-    if weights_NK.dtype != torch.promote_types(x_ND.dtype, torch.float32):
+    if weights_NA.dtype != torch.promote_types(x_ND.dtype, torch.float32):
         raise TypeError(
-            f"moe_experts: weights must be float32 beside a {x_ND.dtype} x, not {weights_NK.dtype}"
+            f"moe_experts: weights must be float32 beside a {x_ND.dtype} x, not {weights_NA.dtype}"
         )

@@ -2,12 +2,12 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """Grouped matmuls of the experts, forward: every expert's rows times that expert's matrix, in one launch each.
 
-The host does not know how many rows an expert has, so the grid is persistent: one program a multiprocessor walks
+The host does not know how many rows an expert has, so the grid is persistent: one CTA an SM walks
 through the tiles that the plan lists on the device. Matrices come by TMA, whose descriptors keep a tile from reaching
 into the next expert's matrix; a tile of rows that reaches into the next expert's rows computes them and does not store
 them. Rows of tokens are gathered straight into shared memory (sm_90's TMA cannot gather), never into a sorted copy.
 
-Shapes: N tokens, K experts a token, E experts, D model width, F hidden width of an expert, S = N·K sorted rows.
+Shapes: N tokens, A experts a token, E experts, D model width, F hidden width of an expert, R = N·A sorted rows.
 Kernels: b_x tiles, p_x pointers, t_x TMA descriptors.
 
 Why these tiles, by the resource table of sm_90 (none of it timed on a card yet): 128x256 of 64 is what two warpgroups
@@ -48,7 +48,7 @@ class Tiles:
 # The up kernel's 128 columns are twice 128: the gate's and those of up.
 UP_TILES = Tiles(rows=128, columns=128, depth=64, piece=64, num_warps=8, num_stages=4)
 ROWS_TILES = Tiles(rows=128, columns=256, depth=64, piece=256, num_warps=8, num_stages=3)
-# float32 has no exact tensor-core product; this path is for checks, not for speed.
+# float32 has no exact tensor-core matmul; this path is for checks, not for speed.
 FLOAT32_TILES = Tiles(rows=32, columns=32, depth=32, piece=32, num_warps=4, num_stages=2)
 
 
@@ -156,7 +156,7 @@ def moe_rows_kernel(
     num_column_tiles = tl.cdiv(out_width, COLUMNS)
     num_tiles = num_row_tiles * num_column_tiles
     # Flattened, the loads of the next tile are under way while this one is stored. Only here: with gathered rows the
-    # same makes ptxas wait for every product before it starts the next.
+    # same makes ptxas wait for every matmul before it starts the next.
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=True):
         row_tile, column_tile = grouped_tile(tile, num_row_tiles, num_column_tiles, GROUP)
         expert = tl.load(p_tile + 3 * row_tile)
@@ -182,20 +182,20 @@ def up_projection(
     x_ND: Tensor, gate_up_E2FD: Tensor, plan: Plan, top_k: int, *, save_hidden: bool
 ) -> tuple[Tensor, Tensor]:
     """The activation (S, F) of every sorted row, and what the backward needs of it: (S, 2F), or (0, 2F)."""
-    num_rows, (num_experts, double, width) = plan.pair_S.numel(), gate_up_E2FD.shape
-    hidden_S2F = x_ND.new_empty(num_rows if save_hidden else 0, double)
-    activation_SF = x_ND.new_empty(num_rows, double // 2)
+    num_rows, (num_experts, double, width) = plan.pair_R.numel(), gate_up_E2FD.shape
+    hidden_R2F = x_ND.new_empty(num_rows if save_hidden else 0, double)
+    activation_RF = x_ND.new_empty(num_rows, double // 2)
     tiles = tiles_for(x_ND.dtype, UP_TILES)
     moe_up_fwd_kernel[(num_programs(x_ND.device),)](
         x_ND,
         TensorDescriptor.from_tensor(
             gate_up_E2FD.view(num_experts, 2, double // 2, width), [1, 1, tiles.columns, tiles.depth]
         ),
-        hidden_S2F, activation_SF, plan.pair_S, plan.tile_T3, plan.num_tiles_1, width, double // 2,
+        hidden_R2F, activation_RF, plan.pair_R, plan.tile_T3, plan.num_tiles_1, width, double // 2,
         TOP_K=top_k, SAVE_HIDDEN=save_hidden, EVEN=width % tiles.depth == 0, PIECE=tiles.piece,
         **tile_constants(tiles), **tiles.options,
     )  # fmt: skip
-    return activation_SF, hidden_S2F
+    return activation_RF, hidden_R2F
 
 
 def multiply_rows(rows: Tensor, weight: Tensor, plan: Plan, *, transposed: bool) -> Tensor:
@@ -219,7 +219,7 @@ def tiles_for(dtype: torch.dtype, half: Tiles) -> Tiles:
 
 
 def num_programs(device: torch.device) -> int:
-    """Size of a persistent grid: one program a multiprocessor, since each fills its registers."""
+    """Size of a persistent grid: one CTA an SM, since each fills its registers."""
     if device.type != "cuda":
         return 3  # in the interpreter: more than one, and fewer than the tiles, so that the walk is tested
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

@@ -153,36 +153,36 @@ def moe_weight_bwd_kernel(
 
 
 def down_backward(
-    grad_ND: Tensor, weights_NK: Tensor, down_EDF: Tensor, hidden_S2F: Tensor, plan: Plan
+    grad_ND: Tensor, weights_NA: Tensor, down_EDF: Tensor, hidden_R2F: Tensor, plan: Plan
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dhidden (S, 2F), weight times activation (S, F), and partial sums (S, C) of the router weights' gradient."""
     _, width, hidden = down_EDF.shape
-    num_rows = hidden_S2F.shape[0]
+    num_rows = hidden_R2F.shape[0]
     tiles = tiles_for(grad_ND.dtype, DOWN_BACKWARD_TILES)
-    dhidden_S2F, weighted_SF = torch.empty_like(hidden_S2F), hidden_S2F.new_empty(num_rows, hidden)
-    partial_SC = weights_NK.new_empty(num_rows, triton.cdiv(hidden, tiles.columns))
+    dhidden_R2F, weighted_RF = torch.empty_like(hidden_R2F), hidden_R2F.new_empty(num_rows, hidden)
+    partial_RM = weights_NA.new_empty(num_rows, triton.cdiv(hidden, tiles.columns))
     moe_down_bwd_kernel[(num_programs(grad_ND.device),)](
         grad_ND,
         TensorDescriptor.from_tensor(down_EDF, [1, tiles.depth, tiles.columns]),
-        TensorDescriptor.from_tensor(hidden_S2F.view(num_rows, 2, hidden), [tiles.rows, 2, tiles.piece]),
-        weights_NK, dhidden_S2F, weighted_SF, partial_SC, plan.pair_S, plan.tile_T3, plan.num_tiles_1, width, hidden,
-        TOP_K=weights_NK.shape[1], EVEN=width % tiles.depth == 0, PIECE=tiles.piece,
+        TensorDescriptor.from_tensor(hidden_R2F.view(num_rows, 2, hidden), [tiles.rows, 2, tiles.piece]),
+        weights_NA, dhidden_R2F, weighted_RF, partial_RM, plan.pair_R, plan.tile_T3, plan.num_tiles_1, width, hidden,
+        TOP_K=weights_NA.shape[1], EVEN=width % tiles.depth == 0, PIECE=tiles.piece,
         **tile_constants(tiles), **tiles.options,
     )  # fmt: skip
-    return dhidden_S2F, weighted_SF, partial_SC
+    return dhidden_R2F, weighted_RF, partial_RM
 
 
-def weight_gradients(sorted_SP: Tensor, tokens_NQ: Tensor, plan: Plan, *, sorted_rows: bool) -> Tensor:
+def weight_gradients(sorted_RP: Tensor, tokens_NQ: Tensor, plan: Plan, *, sorted_rows: bool) -> Tensor:
     """Each expert's Σ over its rows of sorted ⊗ token: (E, P, Q), or (E, Q, P) unless ``sorted_rows``."""
-    num_experts, top_k = plan.start_E1.numel() - 1, plan.slot_NK.shape[1]
-    out_rows, out_columns = sorted_SP.shape[1], tokens_NQ.shape[1]
+    num_experts, top_k = plan.start_E1.numel() - 1, plan.slot_NA.shape[1]
+    out_rows, out_columns = sorted_RP.shape[1], tokens_NQ.shape[1]
     if not sorted_rows:
         out_rows, out_columns = out_columns, out_rows
-    tiles = tiles_for(sorted_SP.dtype, GRADIENT_TILES)
-    out = sorted_SP.new_empty(num_experts, out_rows, out_columns)
-    moe_weight_bwd_kernel[(num_programs(sorted_SP.device),)](
-        TensorDescriptor.from_tensor(sorted_SP, [tiles.depth, tiles.rows if sorted_rows else tiles.columns]),
-        tokens_NQ, out, plan.pair_S, plan.start_E1, num_experts, out_rows, out_columns,
+    tiles = tiles_for(sorted_RP.dtype, GRADIENT_TILES)
+    out = sorted_RP.new_empty(num_experts, out_rows, out_columns)
+    moe_weight_bwd_kernel[(num_programs(sorted_RP.device),)](
+        TensorDescriptor.from_tensor(sorted_RP, [tiles.depth, tiles.rows if sorted_rows else tiles.columns]),
+        tokens_NQ, out, plan.pair_R, plan.start_E1, num_experts, out_rows, out_columns,
         TOP_K=top_k, SORTED_ROWS=sorted_rows, **tile_constants(tiles), **tiles.options,
     )  # fmt: skip
     return out

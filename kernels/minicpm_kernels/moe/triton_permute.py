@@ -5,7 +5,7 @@
 A counting sort in three small launches: count, add up, place. It is stable (rows of an expert keep the tokens' order),
 so every later sum has one order and two runs agree to the bit; it uses no atomics, and the host waits for nothing.
 
-Shapes: N tokens, K experts a token, E experts, D model width, S = N·K sorted rows, C columns of partial sums.
+Shapes: N tokens, A experts a token, E experts, D model width, R = N·A sorted rows, M columns of partial sums.
 Kernels: b_x tiles, p_x pointers. A pair is n·K + k, token n with its k-th expert; its slot is its sorted row.
 """
 
@@ -26,8 +26,8 @@ COMBINE_TOKENS, COMBINE_COLUMNS = 4, 256  # one warp a token, 16 bytes a thread;
 class Plan:
     """Where each pair of token and expert goes, and the row tiles that the grouped matmuls work through."""
 
-    pair_S: Tensor  # the pair at each slot
-    slot_NK: Tensor  # the slot of each pair; -1 where the expert's id is out of range
+    pair_R: Tensor  # the pair at each slot
+    slot_NA: Tensor  # the slot of each pair; -1 where the expert's id is out of range
     start_E1: Tensor  # first slot of each expert, then the number of slots in use
     tile_T3: Tensor  # expert, first slot and end of the expert's slots, for each tile of rows
     num_tiles_1: Tensor  # how many of these tiles there are
@@ -54,7 +54,7 @@ def moe_plan_kernel(
     p_count, p_first, p_start, p_tile, p_num_tiles, num_blocks, num_experts, max_tiles,
     TILE_ROWS: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up: where each block's rows of each expert begin, each expert's rows, and the row tiles."""
+    """One CTA adds up: where each block's rows of each expert begin, each expert's rows, and the row tiles."""
     b_expert = tl.arange(0, EXPERTS)
     b_total = tl.zeros((EXPERTS,), tl.int32)
     for block in range(0, num_blocks, BLOCKS):
@@ -137,9 +137,9 @@ def moe_weight_gradient_kernel(
     tl.store(p_out + b_pair, tl.sum(b_partial, 1), mask=b_pair < num_pairs)
 
 
-def make_plan(experts_NK: Tensor, num_experts: int, tile_rows: int) -> Plan:
+def make_plan(experts_NA: Tensor, num_experts: int, tile_rows: int) -> Plan:
     """Sort the pairs by expert; ``tile_rows`` is the height of the grouped matmuls' tiles."""
-    num_pairs = experts_NK.numel()
+    num_pairs = experts_NA.numel()
     if num_pairs > _MAX_ROWS:
         raise ValueError(f"moe_experts: {num_pairs} rows (tokens times experts a token) exceed {_MAX_ROWS}")
     experts = triton.next_power_of_2(max(num_experts, 2))
@@ -148,53 +148,53 @@ def make_plan(experts_NK: Tensor, num_experts: int, tile_rows: int) -> Plan:
     max_tiles = num_pairs // tile_rows + num_experts  # each expert's last tile may be a partial one
 
     def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=torch.int32, device=experts_NK.device)
+        return torch.empty(shape, dtype=torch.int32, device=experts_NA.device)
 
     plan = Plan(
-        pair_S=empty(num_pairs),
-        slot_NK=empty(*experts_NK.shape),
+        pair_R=empty(num_pairs),
+        slot_NA=empty(*experts_NA.shape),
         start_E1=empty(num_experts + 1),
         tile_T3=empty(max_tiles, 3),
         num_tiles_1=empty(1),
     )
     count_BE, first_BE = empty(num_blocks, experts), empty(num_blocks, experts)
     moe_count_kernel[(num_blocks,)](
-        experts_NK, count_BE, num_pairs, num_experts, EXPERTS=experts, BLOCK=block, num_warps=8
+        experts_NA, count_BE, num_pairs, num_experts, EXPERTS=experts, BLOCK=block, num_warps=8
     )
     moe_plan_kernel[(1,)](
         count_BE, first_BE, plan.start_E1, plan.tile_T3, plan.num_tiles_1, num_blocks, num_experts, max_tiles,
         TILE_ROWS=tile_rows, EXPERTS=experts, **plan_blocks(experts), num_warps=8,
     )  # fmt: skip
     moe_place_kernel[(num_blocks,)](
-        experts_NK, first_BE, plan.pair_S, plan.slot_NK, num_pairs, num_experts,
+        experts_NA, first_BE, plan.pair_R, plan.slot_NA, num_pairs, num_experts,
         EXPERTS=experts, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return plan
 
 
-def combine(rows_SD: Tensor, plan: Plan, weights_NK: Tensor | None) -> Tensor:
+def combine(rows_RD: Tensor, plan: Plan, weights_NA: Tensor | None) -> Tensor:
     """Sum of each token's rows, (N, D), each times its weight if weights are given."""
-    num_tokens, top_k = plan.slot_NK.shape
-    width = rows_SD.shape[1]
-    out_ND = rows_SD.new_empty(num_tokens, width)
+    num_tokens, top_k = plan.slot_NA.shape
+    width = rows_RD.shape[1]
+    out_ND = rows_RD.new_empty(num_tokens, width)
     grid = (triton.cdiv(num_tokens, COMBINE_TOKENS), triton.cdiv(width, COMBINE_COLUMNS))
     moe_combine_kernel[grid](
-        rows_SD, plan.slot_NK, weights_NK, out_ND, num_tokens, width,
-        TOP_K=top_k, WEIGHTED=weights_NK is not None, TOKENS=COMBINE_TOKENS, COLUMNS=COMBINE_COLUMNS,
+        rows_RD, plan.slot_NA, weights_NA, out_ND, num_tokens, width,
+        TOP_K=top_k, WEIGHTED=weights_NA is not None, TOKENS=COMBINE_TOKENS, COLUMNS=COMBINE_COLUMNS,
     )  # fmt: skip
     return out_ND
 
 
-def weight_gradient(partial_SC: Tensor, plan: Plan) -> Tensor:
-    """Gradient of the router's weights, (N, K), from its partial sums at each slot."""
-    out_NK = partial_SC.new_empty(plan.slot_NK.shape)
-    num_columns = partial_SC.shape[1]
+def weight_gradient(partial_RM: Tensor, plan: Plan) -> Tensor:
+    """Gradient of the router's weights, (N, A), from its partial sums at each slot."""
+    out_NA = partial_RM.new_empty(plan.slot_NA.shape)
+    num_columns = partial_RM.shape[1]
     columns = triton.next_power_of_2(num_columns)
     pairs = max(1, 1_024 // columns)
-    moe_weight_gradient_kernel[(triton.cdiv(out_NK.numel(), pairs),)](
-        partial_SC, plan.slot_NK, out_NK, out_NK.numel(), num_columns, PAIRS=pairs, COLUMNS=columns
+    moe_weight_gradient_kernel[(triton.cdiv(out_NA.numel(), pairs),)](
+        partial_RM, plan.slot_NA, out_NA, out_NA.numel(), num_columns, PAIRS=pairs, COLUMNS=columns
     )
-    return out_NK
+    return out_NA
 
 
 def pairs_of_block(experts: int) -> int:

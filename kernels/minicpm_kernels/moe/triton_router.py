@@ -2,10 +2,10 @@
 # ruff: noqa: ANN001, ANN201, ANN202
 """The router in Triton: softmax, top-k, renormalisation and both losses in two launches, the backward in one.
 
-A row of logits is short, so one pass holds it in registers. Sums over tokens go by blocks to memory and one program
+A row of logits is short, so one pass holds it in registers. Sums over tokens go by blocks to memory and one CTA
 adds them up in order: no atomics, and the same bits every time.
 
-Shapes: N tokens, K experts a token, E experts, B blocks of tokens. Kernels: b_x tiles, p_x pointers.
+Shapes: N tokens, A experts a token, E experts, B blocks of tokens. Kernels: b_x tiles, p_x pointers.
 """
 
 import torch
@@ -77,7 +77,7 @@ def moe_router_losses_kernel(
     p_probability, p_count, p_square, p_fraction, p_load_balance, p_z, num_blocks, num_tokens, num_experts,
     TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """One program adds up the blocks: the fraction of choices that fell on each expert, and the two losses."""
+    """One CTA adds up the blocks: the fraction of choices that fell on each expert, and the two losses."""
     b_expert = tl.arange(0, EXPERTS)
     b_probability = tl.zeros((EXPERTS,), tl.float32)
     b_count = tl.zeros((EXPERTS,), tl.int32)
@@ -125,13 +125,13 @@ def moe_router_bwd_kernel(
 
 
 def router_forward(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weights (N, K), experts (N, K) int32, load-balance loss, z-loss, and the fraction (E) that the backward needs."""
+    """Weights (N, A), experts (N, A) int32, load-balance loss, z-loss, and the fraction (E) that the backward needs."""
     num_tokens, num_experts = logits_NE.shape
-    weights_NK = logits_NE.new_empty(num_tokens, top_k)
-    experts_NK = logits_NE.new_empty(num_tokens, top_k, dtype=torch.int32)
+    weights_NA = logits_NE.new_empty(num_tokens, top_k)
+    experts_NA = logits_NE.new_empty(num_tokens, top_k, dtype=torch.int32)
     if num_tokens == 0:
         load_balance, z = logits_NE.new_zeros(()), logits_NE.new_zeros(())
-        return weights_NK, experts_NK, load_balance, z, logits_NE.new_zeros(num_experts)
+        return weights_NA, experts_NA, load_balance, z, logits_NE.new_zeros(num_experts)
     load_balance, z = logits_NE.new_empty(()), logits_NE.new_empty(())
     fraction_E = logits_NE.new_empty(num_experts)
     sizes = block_sizes(num_experts, top_k)
@@ -140,22 +140,22 @@ def router_forward(logits_NE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tenso
     count_BE = torch.empty_like(probability_BE, dtype=torch.int32)
     square_B = logits_NE.new_empty(num_blocks)
     moe_router_fwd_kernel[(num_blocks,)](
-        logits_NE, weights_NK, experts_NK, probability_BE, count_BE, square_B, num_tokens, num_experts,
+        logits_NE, weights_NA, experts_NA, probability_BE, count_BE, square_B, num_tokens, num_experts,
         **sizes,
     )  # fmt: skip
     moe_router_losses_kernel[(1,)](
         probability_BE, count_BE, square_B, fraction_E, load_balance, z, num_blocks, num_tokens, num_experts,
         **loss_block_sizes(num_experts, top_k),
     )  # fmt: skip
-    return weights_NK, experts_NK, load_balance, z, fraction_E
+    return weights_NA, experts_NA, load_balance, z, fraction_E
 
 
 def router_backward(
     logits_NE: Tensor,
-    weights_NK: Tensor,
-    experts_NK: Tensor,
+    weights_NA: Tensor,
+    experts_NA: Tensor,
     fraction_E: Tensor,
-    dweights_NK: Tensor,
+    dweights_NA: Tensor,
     dload_balance: Tensor,
     dz: Tensor,
 ) -> Tensor:
@@ -163,9 +163,9 @@ def router_backward(
     dlogits_NE = logits_NE.new_empty(logits_NE.shape)
     num_tokens, num_experts = logits_NE.shape
     if num_tokens:
-        sizes = block_sizes(num_experts, weights_NK.shape[1])
+        sizes = block_sizes(num_experts, weights_NA.shape[1])
         moe_router_bwd_kernel[(triton.cdiv(num_tokens, sizes["TOKENS"]),)](
-            logits_NE, weights_NK, experts_NK, fraction_E, dweights_NK, dload_balance, dz, dlogits_NE,
+            logits_NE, weights_NA, experts_NA, fraction_E, dweights_NA, dload_balance, dz, dlogits_NE,
             num_tokens, num_experts, **sizes,
         )  # fmt: skip
     return dlogits_NE

@@ -1,10 +1,10 @@
 """Read a compiled kernel's instructions: how its main loop loads the three units that can bound it.
 
-Cycles are those of one of the four partitions of a Hopper multiprocessor, for one warp and one turn of the loop. They
+Cycles are those of one of the four partitions of a Hopper SM, for one warp and one turn of the loop. They
 assume that nothing waits, so the largest of the three is a bound from below and their ratio a ceiling, never a time.
 
 - tensor: a 64xN product 16 deep keeps the tensor cores busy for N/2 cycles (4,096 operations a cycle and
-  multiprocessor: 989 TFLOP/s at 132 multiprocessors and 1.83 GHz); products of 8-bit types do not occur here;
+  SM: 989 TFLOP/s at 132 SMs and 1.83 GHz); products of 8-bit types do not occur here;
 - special: exponentials, logarithms, reciprocals, 4 lanes a cycle (CUDA C++ Programming Guide, table of throughputs of
   arithmetic instructions, compute capability 9.0);
 - issue: one instruction a cycle, whatever it is.

@@ -17,7 +17,7 @@ from typing import Any
 from minicpm_kernels_testing.sass import LoopLoad, main_loop
 
 SHARED_MEMORY_LIMIT = 232_448  # bytes one block may use on sm_90
-REGISTER_FILE = 65_536  # 32-bit registers of one multiprocessor
+REGISTER_FILE = 65_536  # 32-bit registers of one SM
 _SHARED_MEMORY_OF_MULTIPROCESSOR = 233_472
 _RESERVED_SHARED_MEMORY = 1_024  # taken by the system from every block
 _MOST_CYCLES_FOR_A_TENSOR_CYCLE = 1.25  # what the main loop of a product may ask of any other unit
@@ -61,8 +61,8 @@ class Resources:
     loop: LoopLoad | None
 
     @property
-    def blocks_per_multiprocessor(self) -> int:
-        """Blocks that fit a Hopper multiprocessor at once (registers are handed out 256 to a warp)."""
+    def blocks_per_sm(self) -> int:
+        """Blocks that fit a Hopper SM at once (registers are handed out 256 to a warp)."""
         warps = self.threads // 32
         registers_of_warp = -(-self.registers * 32 // 256) * 256
         return min(
@@ -74,8 +74,8 @@ class Resources:
 
     @property
     def occupancy(self) -> float:
-        """Resident warps over the 64 that a multiprocessor can hold."""
-        return self.blocks_per_multiprocessor * self.threads / 2_048
+        """Resident warps over the 64 that an SM can hold."""
+        return self.blocks_per_sm * self.threads / 2_048
 
     def broken_limits(self, *, needs_tensor_cores: bool) -> list[str]:
         """Say which limits the kernel breaks; an empty list is a pass."""

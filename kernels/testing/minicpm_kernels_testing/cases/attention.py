@@ -75,7 +75,7 @@ def gluon_forward_cases() -> list[Sm90Case]:
                 constants={
                     "BLOCK_K": gluon_fwd.BLOCK_K,
                     "HEAD_DIM": head_dim,
-                    "ATTENDERS": tiles.attenders,
+                    "CONSUMERS": tiles.consumers,
                     "STAGES": tiles.stages,
                     "REGISTERS": tiles.registers,
                     "OVERLAP": tiles.overlap,
