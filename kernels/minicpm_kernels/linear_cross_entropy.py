@@ -56,6 +56,9 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """Cross-entropy of softmax(logit_scale · hidden · weightᵀ) with `targets_N`, summed, and its gradients.
 
+    Never holds all logits at once (nor do Cut Cross-Entropy, arXiv 2411.09009, and Liger, arXiv 2410.10989): a
+    chunk of them becomes its own gradient in place.
+
     Args:
         hidden_ND: final states, (N, D).
         weight_VD: output matrix (the embedding where tied), (V, D). Its gradient is accumulated in float32.

@@ -51,6 +51,9 @@ def attention(
 ) -> Tensor:
     """Attend causally within each document; returns (N, H, C) in the type of ``q_NHC``.
 
+    An exact, tiled softmax that never holds the scores (FlashAttention-2, arXiv 2307.08691; on Hopper with warps of
+    their own for loads and for softmax, as FlashAttention-3, arXiv 2407.08608).
+
     Args:
         q_NHC, k_NKC, v_NKC: float32, bfloat16 or float16, all of one type; any strides. Under autocast they
             are cast first, as by torch's own attention.
@@ -58,7 +61,7 @@ def attention(
             ``cu_seqlens[i + 1]``. Starts with 0, ends with N, never falls; equal neighbours are an empty
             document.
         max_seqlen: length of the longest document or any bound on it. It guides the order of work only.
-        scale: factor on the scores, positive; by default 1/sqrt(D). window: the number of latest keys, its
+        scale: factor on the scores, positive; by default 1/sqrt(C). window: the number of latest keys, its
         own included, that a query sees; all of its document by default. deterministic: make the gradients
         bit-equal from call to call (the output always is), as ``torch.use_deterministic_algorithms(True)`` does.
 

@@ -43,7 +43,19 @@ def moe_layer(
     *,
     num_experts_per_tok: int,
 ) -> MoeOutput:
-    """A whole layer: router and experts. The caller scales the losses (MiniCPM: load balance by 0.01)."""
+    """A whole layer: router, then SwiGLU experts (Shazeer et al., arXiv 1701.06538; MiniCPM, section 6.4).
+
+    Args:
+        x_ND: tokens, float32, bfloat16 or float16; under autocast the experts compute in its dtype.
+        router_weight_ED: the router's matrix; its logits are float32 whatever the model's type.
+        gate_up_E2FD: gate and up of every expert, one below the other. down_EDF: its matrix down.
+        num_experts_per_tok: how many experts see a token, 1 to E.
+
+    Returns the output (N, D) in the type of ``x_ND``, and the router's two losses, which the caller scales (MiniCPM:
+    load balance by 0.01).
+
+    Raises ``ValueError`` for shapes that do not fit, and for a number of experts a token that there is not.
+    """
     # In float32 whatever the model's type, and outside autocast: a rounded logit can change which experts are chosen.
     wide = torch.promote_types(x_ND.dtype, torch.float32)
     with torch.autocast(x_ND.device.type, enabled=False) if autocasts(x_ND) else nullcontext():
