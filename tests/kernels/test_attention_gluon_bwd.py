@@ -16,6 +16,7 @@ pytest.importorskip("triton")
 from minicpm_kernels import attention
 from minicpm_kernels.attention import gluon_bwd as attention_gluon_bwd
 from minicpm_kernels.attention import gluon_fwd as attention_gluon_fwd
+from minicpm_kernels.attention import triton_bwd as attention_triton_bwd
 from minicpm_kernels.attention.gluon_bwd import attention_gluon_backward, gluon_backward_unsupported_reason
 
 pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory")
@@ -179,7 +180,7 @@ def test_heads_in_sections(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, assert_as_accurate: Callable[..., None]
 ) -> None:
     """The last section has fewer heads than the others."""
-    monkeypatch.setattr(attention_gluon_bwd, "heads_per_section", lambda *arguments: 2)
+    monkeypatch.setattr(attention_triton_bwd, "heads_per_section", lambda *arguments: 2)
     _check(Problem(device, [90, 130], heads=5, kv_heads=5), assert_as_accurate)
 
 

@@ -46,8 +46,8 @@ from minicpm_kernels.attention.gluon import (
     gluon_descriptor,
     gluon_unsupported_reason,
 )
-from minicpm_kernels.attention.schedule import attention_bounds, descriptor, heads_per_section, rows_of_heads
-from minicpm_kernels.attention.triton_bwd import row_stats, separate_dq
+from minicpm_kernels.attention.schedule import descriptor
+from minicpm_kernels.attention.triton_bwd import prepare_backward, separate_dq
 
 CONSUMERS = gl.constexpr(2)
 BLOCK_K = int(CONSUMERS.value * ROWS.value)
@@ -391,22 +391,16 @@ def attention_gluon_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (N, H, C), (N, K, C), (N, K, C) in the type of the inputs. Nothing waits for the device."""
-    dq_NHC, dk_NKC, dv_NKC = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHC, k_NKC, v_NKC)
-    )
+    inputs, gradients, plan = prepare_backward(
+        d_out_NHC, q_NHC, k_NKC, v_NKC, out_NHC, lse_HN, cu_seqlens, max_seqlen=max_seqlen, window=window
+    )  # fmt: skip
+    if plan is None:
+        return gradients
+    q_NHC, k_NKC, v_NKC, d_out_NHC = inputs
+    dq_NHC, dk_NKC, dv_NKC = gradients
     num_tokens, num_heads, head_dim = q_NHC.shape
-    if num_tokens == 0:
-        return dq_NHC, dk_NKC, dv_NKC
     num_kv_heads = k_NKC.shape[1]
     group = num_heads // num_kv_heads
-    q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC = (
-        rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC)
-    )
-    first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
-    lse_log2_HS, delta_HS = row_stats(out_NHC, d_out_NHC, lse_HN)
-    section = heads_per_section(
-        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHC.element_size()
-    )
     add_dq = adds_dq(head_dim, deterministic)
     num_tiles = triton.cdiv(num_tokens, BLOCK_K)
     num_slots = num_tiles * BLOCK_K
@@ -417,14 +411,14 @@ def attention_gluon_backward(
     attention_gluon_bwd_kernel[(num_tiles * num_kv_heads,)](
         *(gluon_descriptor(x, ROWS.value) for x in (q_NHC, k_NKC, v_NKC, d_out_NHC, dk_NKC, dv_NKC)),
         _float32_descriptor(dq_sum_RC, 64),
-        _float32_descriptor(lse_log2_HS, 1),
-        _float32_descriptor(delta_HS, 1),
-        end_query_N,
+        _float32_descriptor(plan.lse_log2_HS, 1),
+        _float32_descriptor(plan.delta_HS, 1),
+        plan.end_query_N,
         num_tokens,
         num_slots,
         num_kv_heads,
         num_tiles,
-        section // group,
+        plan.section // group,
         group,
         scale,
         scale * LOG2_E,
@@ -444,9 +438,7 @@ def attention_gluon_backward(
         )
         return dq_NHC, dk_NKC, dv_NKC
 
-    separate_dq(
-        q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
-    )  # fmt: skip
+    separate_dq(q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, plan, scale=scale)
     return dq_NHC, dk_NKC, dv_NKC
 
 

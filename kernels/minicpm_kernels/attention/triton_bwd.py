@@ -18,6 +18,8 @@ Legend: N tokens, H query heads, K key heads, C head dim, S tokens rounded up fo
 pointers, t_x TMA descriptors.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -223,6 +225,52 @@ def attention_bwd_dq_kernel(
     t_dq.store([first_row, q_column], (b_dq * scale).to(t_dq.dtype))
 
 
+class BackwardPlan(NamedTuple):
+    """What both backward kernels work by: each token's bounds, its row's statistics, and the heads of a section."""
+
+    first_key_N: Tensor
+    end_query_N: Tensor
+    lse_log2_HS: Tensor
+    delta_HS: Tensor
+    section: int
+
+
+def prepare_backward(
+    d_out_NHC: Tensor,
+    q_NHC: Tensor,
+    k_NKC: Tensor,
+    v_NKC: Tensor,
+    out_NHC: Tensor,
+    lse_HN: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    max_seqlen: int,
+    window: int | None,
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor], BackwardPlan | None]:
+    """(q, k, v, d_out) in rows that TMA can read, empty gradients of q, k and v, and the plan (None without tokens)."""
+    gradients = (
+        torch.empty(q_NHC.shape, dtype=q_NHC.dtype, device=q_NHC.device),
+        torch.empty(k_NKC.shape, dtype=k_NKC.dtype, device=k_NKC.device),
+        torch.empty(v_NKC.shape, dtype=v_NKC.dtype, device=v_NKC.device),
+    )
+    num_tokens, num_heads, head_dim = q_NHC.shape
+    if num_tokens == 0:
+        return (q_NHC, k_NKC, v_NKC, d_out_NHC), gradients, None
+    q_NHC, k_NKC, v_NKC, d_out_NHC = (rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC, d_out_NHC))
+    num_kv_heads = k_NKC.shape[1]
+    first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
+    lse_log2_HS, delta_HS = row_stats(rows_of_heads(out_NHC), d_out_NHC, lse_HN)
+    section = heads_per_section(
+        num_kv_heads,
+        num_heads // num_kv_heads,
+        min(max_seqlen, num_tokens),
+        head_dim,
+        q_NHC.element_size(),
+    )
+    plan = BackwardPlan(first_key_N, end_query_N, lse_log2_HS, delta_HS, section)
+    return (q_NHC, k_NKC, v_NKC, d_out_NHC), gradients, plan
+
+
 def attention_triton_backward(
     d_out_NHC: Tensor,
     q_NHC: Tensor,
@@ -238,23 +286,17 @@ def attention_triton_backward(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (N, H, C), (N, K, C), (N, K, C) in the type of the inputs. Nothing waits for the device."""
-    dq_NHC, dk_NKC, dv_NKC = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_NHC, k_NKC, v_NKC)
-    )
+    inputs, gradients, plan = prepare_backward(
+        d_out_NHC, q_NHC, k_NKC, v_NKC, out_NHC, lse_HN, cu_seqlens, max_seqlen=max_seqlen, window=window
+    )  # fmt: skip
+    if plan is None:
+        return gradients
+    q_NHC, k_NKC, v_NKC, d_out_NHC = inputs
+    dq_NHC, dk_NKC, dv_NKC = gradients
     num_tokens, num_heads, head_dim = q_NHC.shape
-    if num_tokens == 0:
-        return dq_NHC, dk_NKC, dv_NKC
     num_kv_heads = k_NKC.shape[1]
     group = num_heads // num_kv_heads
-    q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC = (
-        rows_of_heads(x) for x in (q_NHC, k_NKC, v_NKC, out_NHC, d_out_NHC)
-    )
-    first_key_N, end_query_N = attention_bounds(cu_seqlens, num_tokens, window)
-    lse_log2_HS, delta_HS = row_stats(out_NHC, d_out_NHC, lse_HN)
-    num_slots = delta_HS.shape[1]
-    section = heads_per_section(
-        num_kv_heads, group, min(max_seqlen, num_tokens), head_dim, q_NHC.element_size()
-    )
+    num_slots = plan.delta_HS.shape[1]
 
     add_dq = adds_dq(head_dim, deterministic)
     dq_sum_NHC = torch.zeros(q_NHC.shape, dtype=torch.float32, device=q_NHC.device) if add_dq else None
@@ -269,13 +311,13 @@ def attention_triton_backward(
         descriptor(dv_NKC, tiles.block_k),
         # Not touched without ADD_DQ, but an argument must be there.
         descriptor(q_NHC if dq_sum_NHC is None else dq_sum_NHC, tiles.block_q),
-        TensorDescriptor(lse_log2_HS, list(lse_log2_HS.shape), [num_slots, 1], [1, tiles.block_q]),
-        TensorDescriptor(delta_HS, list(delta_HS.shape), [num_slots, 1], [1, tiles.block_q]),
-        end_query_N,
+        TensorDescriptor(plan.lse_log2_HS, list(plan.lse_log2_HS.shape), [num_slots, 1], [1, tiles.block_q]),
+        TensorDescriptor(plan.delta_HS, list(plan.delta_HS.shape), [num_slots, 1], [1, tiles.block_q]),
+        plan.end_query_N,
         num_tokens,
         num_kv_heads,
         num_tiles,
-        section // group,
+        plan.section // group,
         scale,
         scale * LOG2_E.value,
         GROUP=group,
@@ -289,9 +331,7 @@ def attention_triton_backward(
         torch.mul(dq_sum_NHC, scale, out=dq_NHC)  # scales and rounds in one pass
         return dq_NHC, dk_NKC, dv_NKC
 
-    separate_dq(
-        q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, lse_log2_HS, delta_HS, first_key_N, section=section, scale=scale
-    )  # fmt: skip
+    separate_dq(q_NHC, k_NKC, v_NKC, d_out_NHC, dq_NHC, plan, scale=scale)
     return dq_NHC, dk_NKC, dv_NKC
 
 
@@ -301,14 +341,11 @@ def separate_dq(
     v_NKC: Tensor,
     d_out_NHC: Tensor,
     dq_NHC: Tensor,
-    lse_log2_HS: Tensor,
-    delta_HS: Tensor,
-    first_key_N: Tensor,
+    plan: BackwardPlan,
     *,
-    section: int,
     scale: float,
 ) -> None:
-    """Write dQ, in a launch of its own, ``section`` heads at one time."""
+    """Write dQ, in a launch of its own, a section of heads at a time."""
     num_tokens, num_heads, head_dim = q_NHC.shape
     tiles = dq_tiles(head_dim)
     num_tiles = triton.cdiv(num_tokens, tiles.block_q)
@@ -318,14 +355,14 @@ def separate_dq(
         descriptor(v_NKC, tiles.block_k),
         descriptor(d_out_NHC, tiles.block_q),
         descriptor(dq_NHC, tiles.block_q),
-        lse_log2_HS,
-        delta_HS,
-        first_key_N,
+        plan.lse_log2_HS,
+        plan.delta_HS,
+        plan.first_key_N,
         num_tokens,
-        delta_HS.shape[1],
+        plan.delta_HS.shape[1],
         num_heads,
         num_tiles,
-        section,
+        plan.section,
         num_heads // k_NKC.shape[1],
         scale,
         scale * LOG2_E.value,
