@@ -12,11 +12,11 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 TESTS = (
-    "test_attention_triton.py::test_grouped_heads[3-False]",
-    "test_attention_triton.py::test_grouped_heads[3-True]",
-    "test_moe_experts.py::test_outputs_and_gradients[triton-ragged]",
-    "test_attention_gluon.py::test_as_accurate_as_torch[[63]-64]",
-    "test_attention_gluon_bwd.py::test_as_accurate_as_torch[[130]-64]",
+    "attention/test_triton.py::test_grouped_heads[3-False]",
+    "attention/test_triton.py::test_grouped_heads[3-True]",
+    "moe/test_experts.py::test_outputs_and_gradients[triton-ragged]",
+    "attention/test_gluon_fwd.py::test_as_accurate_as_torch[[63]-64]",
+    "attention/test_gluon_bwd.py::test_as_accurate_as_torch[[130]-64]",
 )
 
 

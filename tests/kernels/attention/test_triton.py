@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("triton_kernels", "poisoned_memory", "no_gl
 
 @pytest.fixture
 def no_gluon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Hopper card would run those kernels, which test_attention_gluon*.py are for."""
+    """A Hopper card would run those kernels, which test_gluon_fwd.py and test_gluon_bwd.py are for."""
     monkeypatch.setenv(GLUON_VARIABLE, "0")
 
 
