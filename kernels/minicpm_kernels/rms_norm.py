@@ -16,7 +16,14 @@ from minicpm_kernels.backend import choose_backend
 
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight, statistics in float32; returns a tensor like `x_ND`.
+    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, arXiv 1910.07467); returns a tensor like `x_ND`.
+
+    Args:
+        x_ND: (…, D), float32, bfloat16 or float16.
+        weight_D: (D,), of any of these types.
+        eps: added to the mean square, in the square of x's unit.
+
+    Computed in float32.
 
     Raises: ValueError if the weight is not as long as a row.
     """
@@ -28,7 +35,12 @@ def rms_norm(x_ND: Tensor, weight_D: Tensor, *, eps: float) -> Tensor:
 def rms_norm_residual(
     residual_ND: Tensor, branch_ND: Tensor, weight_D: Tensor, *, eps: float, branch_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """(normalised, new residual), where new residual = residual + branch_scale · branch, normalised as above.
+    """(normalised, new residual), where new residual = residual + branch_scale · branch, normalised as by `rms_norm`.
+
+    Args:
+        residual_ND, branch_ND: (…, D) both; float32, bfloat16 or float16, each its own.
+        weight_D, eps: as for `rms_norm`.
+        branch_scale: factor on the branch (MiniCPM, arXiv 2404.06395, table 7: scale_depth / sqrt(layers)).
 
     The normalised states have the branch's dtype and the new residual the residual's, so a float32 residual
     stream may run beside bf16 blocks. The norm sees the new residual as it is stored, after rounding.

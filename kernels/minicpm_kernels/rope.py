@@ -1,6 +1,7 @@
 """Rotary position embedding, out of place, with tables made once for all layers.
 
-Half-rotation, as in Llama and Hugging Face: element i turns with element i + C/2.
+RoFormer (Su et al., arXiv 2104.09864) in the half-rotation of Llama and Hugging Face: element i turns with element
+i + C/2.
 
 Legend: N tokens, H heads, C head dim, C2 half of it.
 """
@@ -21,8 +22,13 @@ def rope_tables(
 ) -> tuple[Tensor, Tensor]:
     """(cos, sin), each (N, C2) float32, of positions · inv_freq, times `attention_factor`.
 
-    Stretched contexts come in through the arguments: NTK and Llama 3 through `inv_freq_C2`, longrope (YaRN too)
-    through both. The angle is formed in float32, exact for positions below 2^24.
+    Args:
+        positions_N: of each token in its document, any number type.
+        inv_freq_C2: radians a position for each pair of elements, base^(-2i/C) in RoFormer.
+        attention_factor: factor on both tables, and so squared on the scores.
+
+    Stretched contexts come in through the arguments: NTK and Llama 3 through `inv_freq_C2`, longrope (arXiv 2402.13753)
+    and YaRN (arXiv 2309.00071) through both. The angle is formed in float32, where positions below 2^24 are exact.
     """
     angles_NC2 = positions_N.float()[:, None] * inv_freq_C2.float()
     cos_NC2, sin_NC2 = angles_NC2.cos(), angles_NC2.sin()
@@ -34,9 +40,11 @@ def rope_tables(
 def rope(x_NHC: Tensor, cos_NC2: Tensor, sin_NC2: Tensor) -> Tensor:
     """Turn each head's vector by its token's angles; returns a new contiguous tensor like `x_NHC`.
 
-    `x_NHC` may be a slice of a merged projection: only its last dimension must be contiguous.
+    Args:
+        x_NHC: queries or keys, (N, H, C), of any floating-point type; a slice of a merged projection is read in place.
+        cos_NC2, sin_NC2: of `rope_tables`, (N, C/2). They have no gradient.
 
-    Raises: ValueError for shapes that do not fit.
+    Raises: ValueError for shapes that do not fit, an odd C among them.
     """
     num_tokens, _, head_dim = x_NHC.shape
     expected = (num_tokens, head_dim // 2)

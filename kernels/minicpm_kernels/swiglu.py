@@ -18,6 +18,9 @@ from minicpm_kernels.backend import choose_backend
 def swiglu(gate_up_N2F: Tensor) -> Tensor:
     """silu(gate) · up, where gate is the first half of the last dimension and up the second; (…, 2F) → (…, F).
 
+    Shazeer, GLU Variants Improve Transformer, arXiv 2002.05202. The result has the type of `gate_up_N2F`:
+    float32, bfloat16 or float16; the kernels compute in float32.
+
     Raises: ValueError if the last dimension is odd.
     """
     if gate_up_N2F.shape[-1] % 2:

@@ -22,11 +22,13 @@ def attention_decode(
     """Attend each sequence's newest token to the first ``lengths_B`` entries of its cache; returns (B, H, C).
 
     Args:
-        q_BHC, k_BTKC, v_BTKC: one type; the newest token's own key and value are already in the cache.
+        q_BHC, k_BTKC, v_BTKC: (B, H, C), (B, T, K, C) twice; float32, bfloat16 or float16, all of
+            one type. The newest token's own key and value are already in the cache.
         lengths_B: int32, tokens in each cache, from 0 (the output is then zero) to T.
-        scale: factor on the scores, positive; by default 1/sqrt(D).
+        scale: factor on the scores, positive; by default 1/sqrt(C).
         window: see only this many of the latest tokens.
 
+    Grouped heads read their keys once, and pieces of one cache in parallel, as in Flash-Decoding (Dao et al., 2023).
     For inference: there is no gradient. Raises ``ValueError`` on shapes or types that do not fit.
     """
     if q_BHC.dim() != 3:

@@ -54,7 +54,8 @@ def moe_layer(
     Returns the output (N, D) in the type of ``x_ND``, and the router's two losses, which the caller scales (MiniCPM:
     load balance by 0.01).
 
-    Raises ``ValueError`` for shapes that do not fit, and for a number of experts a token that there is not.
+    Raises ``ValueError`` or ``TypeError`` for shapes and types that do not fit, ``ValueError`` for a number of experts
+    a token that there is not.
     """
     # In float32 whatever the model's type, and outside autocast: a rounded logit can change which experts are chosen.
     wide = torch.promote_types(x_ND.dtype, torch.float32)
@@ -68,9 +69,10 @@ def moe_layer(
 def moe_router(logits_NE: Tensor, num_experts_per_tok: int) -> MoeRouting:
     """Softmax over the experts, the best ``num_experts_per_tok`` of them, their weights renormalised to sum to 1.
 
-    A tie goes to the lower expert. The load-balance loss is E · Σ_e f_e · P_e, with f_e the fraction of all choices
-    that fell on expert e and P_e its mean probability (Switch Transformer, arXiv 2101.03961, equation 4); gradients
-    flow through P. The z-loss is the mean of logsumexp(logits)² (ST-MoE, arXiv 2202.08906, equation 5).
+    ``logits_NE`` are (N, E). Returns weights float32 and experts int32, both (N, A), largest weight first, and two 0-d
+    losses. A tie goes to the lower expert. The load-balance loss is E · Σ_e f_e · P_e, with f_e the fraction of all
+    choices that fell on expert e and P_e its mean probability (Switch Transformer, arXiv 2101.03961, equation 4);
+    gradients flow through P. The z-loss is the mean of logsumexp(logits)² (ST-MoE, arXiv 2202.08906, equation 5).
 
     Raises ``TypeError`` unless the logits are float32 (or float64), ``ValueError`` for a shape that cannot be.
     """
@@ -85,9 +87,14 @@ def moe_experts(
 ) -> Tensor:
     """out_ND = Σ_k weights[:, k] · down[e] (silu(gate[e] x) · (up[e] x)), where e = experts[:, k].
 
-    ``gate_up`` holds the rows of gate, then those of up. Any number of tokens may choose an expert, none included.
-    Differentiable in all but ``experts_NA``, whose ids must lie in [0, E). Sums are in float32. Under autocast x and
-    the matrices are cast first, as by a linear layer.
+    Args:
+        x_ND: tokens, float32, bfloat16 or float16.
+        weights_NA, experts_NA: of ``moe_router``, float32 and int32.
+        gate_up_E2FD: for each expert the rows of gate, then those of up, in the type of x. down_EDF: likewise.
+
+    The result is (N, D) in the type of x. No token is dropped, as in MegaBlocks (arXiv 2211.15841): any number of them
+    may choose an expert, none included. Differentiable in all but ``experts_NA``, whose ids must lie in [0, E).
+    Sums are in float32. Under autocast x and the matrices are cast first, as by a linear layer.
 
     Raises ``TypeError`` or ``ValueError``, naming the argument, for types and shapes that do not fit together.
     """
