@@ -8,6 +8,9 @@ import shutil
 
 import pytest
 
+# Each is quick, but the browser and the server they share are not.
+pytestmark = pytest.mark.slow
+
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
