@@ -54,6 +54,9 @@ def test_trials_are_found_by_what_they_are(recipe, make_recipe):
     again = Trial(values={}, recipe=make_recipe("log.every=3"))
     assert again.key == Trial(values={"any": 1}, recipe=make_recipe("micro_batch_tokens=32")).key
     assert again.key != Trial(values={}, recipe=make_recipe("seed=1")).key
+    # Another validation set changes no weight, but the score.
+    measured = Trial(values={}, recipe=make_recipe('data.valid=[{path="other"}]'))
+    assert again.key != measured.key and again.folder(Path()) != measured.folder(Path())
 
 
 def test_the_plan_costs_nothing(recipe_file, capsys, tmp_path):

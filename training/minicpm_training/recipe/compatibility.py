@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
@@ -50,10 +50,12 @@ def changes(one: Recipe, other: Recipe, *, allowed: set[Effect]) -> Iterator[tup
             yield key, before.get(key), after.get(key)
 
 
-def recipe_key(recipe: Recipe, *, ignore: set[Effect]) -> str:
-    """A short hash of all that distinguishes a recipe but the keys of the effects to ``ignore``."""
+def recipe_key(recipe: Recipe, *, ignore: set[Effect], keep: Collection[str] = ()) -> str:
+    """A short hash of all that distinguishes a recipe but the keys of the effects to ``ignore``; of those, ``keep``."""
     effects = dict(effects_of(Recipe))
-    leaves = {key: value for key, value in _leaves(recipe) if _effect(key, effects) not in ignore}
+    leaves = {
+        key: value for key, value in _leaves(recipe) if _effect(key, effects) not in ignore or key in keep
+    }
     text = json.dumps(leaves, sort_keys=True, default=lambda value: getattr(value, "path", str(value)))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

@@ -28,6 +28,8 @@ from minicpm_training.run import Run
 
 # A trial's measure is its validation; without one, the mean training loss over this share of its last steps.
 TAIL = 0.1
+# Keys that change no weight, but the score.
+MEASURE = ("data.valid", "evaluation.tokens")
 
 Array = NDArray[np.float64]
 
@@ -41,15 +43,15 @@ class Trial:
 
     @property
     def key(self) -> str:
-        """What its result is kept by: all of the recipe that touches a number."""
-        return recipe_key(self.recipe, ignore={Effect.HARMLESS})
+        """What its result is kept by: all of the recipe that touches a number of it."""
+        return recipe_key(self.recipe, ignore={Effect.HARMLESS}, keep=MEASURE)
 
     def folder(self, study: Path) -> Path:
         """Where it trains. Trials of one trunk share it: a decay branched off at several lengths costs one trunk."""
         ignore = {Effect.HARMLESS}
         if self.recipe.plan.can_branch:
             ignore.add(Effect.LENGTH)
-        return study / "runs" / recipe_key(self.recipe, ignore=ignore)
+        return study / "runs" / recipe_key(self.recipe, ignore=ignore, keep=MEASURE)
 
     def result_file(self, study: Path) -> Path:
         return study / "results" / f"{self.key}.json"
